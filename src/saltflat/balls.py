@@ -1,0 +1,316 @@
+"""Norm balls: the sets that both adversaries climb in.
+
+A ball B = {v : ‖v‖ <= radius} lies around a centre (an input x, or the weights w) and is three functions without state:
+
+    steepest(g, centre)    argmax_{v in B} <g, v>     the step of steepest ascent in the ball's norm
+    project(v, centre)     a member of B (and of x's box) near v; v itself if it is one
+    sample(centre, ...)    v uniform in B, or on its surface
+
+so an ascent with step size eta is `replace(ball, radius=eta).steepest` followed by `ball.project`, for inputs and for
+weights alike.
+
+Input balls hold for every example of a batch by itself: tensors are (N, ...) of any shape. `box` is the range that x +
+v must stay in; it enters only `project` and `sample`. Weight balls act on {name: tensor}.
+
+A zero or non-finite gradient gives the step 0: per example for inputs, per tensor for `Layerwise`, per filter for
+`Filterwise`, everywhere for `Global`; and steepest(c g) = steepest(g) for every c > 0, however small the gradient is.
+
+Sources: Madry et al., arXiv 1706.06083 (Linf, L2); Wu, Xia, Wang, arXiv 2004.05884 (Layerwise); Foret et al., arXiv
+2010.01412 (Global); Li et al., arXiv 1712.09913 (Filterwise).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol
+
+import torch
+from torch import Tensor
+
+from saltflat.random import Generator, normal, uniform
+
+Weights = Mapping[str, Tensor]
+Box = tuple[float, float] | None
+
+
+class InputBall(Protocol):
+    """What `PGD` needs to know of a ball around a batch of inputs. A frozen dataclass with `radius` as its first
+    field.
+    """
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+    @property
+    def radius(self) -> float: ...
+    def steepest(self, gradient: Tensor, centre: Tensor) -> Tensor: ...
+    def project(self, displacement: Tensor, centre: Tensor) -> Tensor: ...
+    def sample(self, centre: Tensor, generator: Generator = None, surface: bool = False) -> Tensor: ...
+
+
+class WeightBall(Protocol):
+    """What `perturbed` needs to know of a ball around weights. A frozen dataclass with `radius` as its first field."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+    @property
+    def radius(self) -> float: ...
+    def steepest(self, gradient: Weights, centre: Weights) -> dict[str, Tensor]: ...
+    def project(self, displacement: Weights, centre: Weights) -> dict[str, Tensor]: ...
+    def sample(self, centre: Weights, generator: Generator = None, surface: bool = False) -> dict[str, Tensor]: ...
+
+
+@dataclass(frozen=True)
+class Linf:
+    """{v : max_i |v_i| <= radius} for every example.
+
+    Args:
+        radius: in pixel units of the box (8/255 for images in [0, 1]).
+        box: (low, high) that x + v stays in, or None. With a box the projection is exact: the nearest member of the
+            intersection.
+
+    Shapes: gradient, displacement and centre are (N, ...); so is what comes back. Nothing is changed but the generator.
+
+    >>> Linf(0.5).steepest(torch.tensor([[3.0, -0.1, 0.0]]), torch.zeros(1, 3))
+    tensor([[ 0.5000, -0.5000,  0.0000]])
+    """
+
+    radius: float
+    box: Box = (0.0, 1.0)
+
+    def __post_init__(self) -> None:
+        _check_radius(self.radius)
+        _check_box(self.box)
+
+    def steepest(self, gradient: Tensor, centre: Tensor) -> Tensor:
+        """radius * sign(g)."""
+        finite = _rows(gradient).isfinite().all(1, keepdim=True)
+        return torch.where(finite, _rows(gradient).sign(), 0).mul(self.radius).reshape(gradient.shape)
+
+    def project(self, displacement: Tensor, centre: Tensor) -> Tensor:
+        """Clamp to the radius, then to the box."""
+        return _clamp_to_box(displacement.clamp(-self.radius, self.radius), centre, self.box)
+
+    def sample(self, centre: Tensor, generator: Generator = None, surface: bool = False) -> Tensor:
+        """Uniform in the cube, or on its faces; then clamped to the box."""
+        v = _rows(2 * uniform(centre, generator) - 1)
+        if surface:
+            v = v / v.abs().amax(1, keepdim=True)
+        return _clamp_to_box(v.mul(self.radius).reshape(centre.shape), centre, self.box)
+
+
+@dataclass(frozen=True)
+class L2:
+    """{v : ‖v‖_2 <= radius} for every example.
+
+    Args:
+        radius: Euclidean, over all pixels and channels of one example (0.5 or 128/255 for CIFAR images in [0, 1]).
+        box: (low, high) that x + v stays in, or None. With a box the projection scales, then clamps: the result lies
+            in both sets, but is not always their nearest point.
+
+    Shapes: gradient, displacement and centre are (N, ...); so is what comes back. Nothing is changed but the generator.
+
+    >>> L2(0.5).steepest(torch.tensor([[3.0, -4.0]]), torch.zeros(1, 2))
+    tensor([[ 0.3000, -0.4000]])
+    """
+
+    radius: float
+    box: Box = (0.0, 1.0)
+
+    def __post_init__(self) -> None:
+        _check_radius(self.radius)
+        _check_box(self.box)
+
+    def steepest(self, gradient: Tensor, centre: Tensor) -> Tensor:
+        """radius * g / ‖g‖_2."""
+        return _unit(_rows(gradient)).mul(self.radius).reshape(gradient.shape)
+
+    def project(self, displacement: Tensor, centre: Tensor) -> Tensor:
+        """Scale to the radius, then clamp to the box."""
+        v = _shrink(_rows(displacement), self.radius)
+        return _clamp_to_box(v.reshape(displacement.shape), centre, self.box)
+
+    def sample(self, centre: Tensor, generator: Generator = None, surface: bool = False) -> Tensor:
+        """Uniform in the ball, or on the sphere; then clamped to the box."""
+        v = _sample_rows(_rows(centre), generator, surface) * self.radius
+        return _clamp_to_box(v.reshape(centre.shape), centre, self.box)
+
+
+@dataclass(frozen=True)
+class Layerwise:
+    """{v : ‖v_l‖_F <= radius * ‖w_l‖_F for every layer l}: the ball of Adversarial Weight Perturbation.
+
+    Args:
+        radius: the paper's gamma, relative to the norm of each tensor (5e-3 for TRADES, 1e-2 for AT on CIFAR-10).
+
+    gradient, displacement and centre are {name: tensor}; the names of the first must be in the centre. Nothing is
+    changed but the generator.
+
+    >>> Layerwise(0.1).steepest({"l": torch.tensor([[3.0, -4.0]])}, {"l": torch.tensor([[0.0, 2.0]])})
+    {'l': tensor([[ 0.1200, -0.1600]])}
+    """
+
+    radius: float
+
+    def __post_init__(self) -> None:
+        _check_radius(self.radius)
+
+    def steepest(self, gradient: Weights, centre: Weights) -> dict[str, Tensor]:
+        """v_l = radius * ‖w_l‖ * g_l / ‖g_l‖."""
+        return {
+            name: (_unit(_whole(g)) * (self.radius * _norm(_whole(centre[name])))).reshape(g.shape)
+            for name, g in gradient.items()
+        }
+
+    def project(self, displacement: Weights, centre: Weights) -> dict[str, Tensor]:
+        """Scale each tensor to its radius."""
+        return {
+            name: _shrink(_whole(v), self.radius * _norm(_whole(centre[name]))).reshape(v.shape)
+            for name, v in displacement.items()
+        }
+
+    def sample(self, centre: Weights, generator: Generator = None, surface: bool = False) -> dict[str, Tensor]:
+        """Uniform in (or on) each tensor's own ball."""
+        return {
+            name: (_sample_rows(_whole(w), generator, surface) * (self.radius * _norm(_whole(w)))).reshape(w.shape)
+            for name, w in centre.items()
+        }
+
+
+@dataclass(frozen=True)
+class Filterwise:
+    """{v : ‖v_lj‖ <= radius * ‖w_lj‖ for every filter j of every layer l}: the normalisation of loss landscapes.
+
+    A filter is one index of the first dimension (an output channel, or an output unit); each number of a 1-D tensor is
+    a filter of its own.
+
+    Args:
+        radius: relative to the norm of each filter; `Filterwise(1).sample(w, generator, surface=True)` is the
+            landscape direction of Li et al.
+
+    >>> Filterwise(1.0).project({"l": torch.tensor([[4.0], [1.0]])}, {"l": torch.tensor([[2.0], [2.0]])})
+    {'l': tensor([[2.],
+            [1.]])}
+    """
+
+    radius: float
+
+    def __post_init__(self) -> None:
+        _check_radius(self.radius)
+
+    def steepest(self, gradient: Weights, centre: Weights) -> dict[str, Tensor]:
+        """v_lj = radius * ‖w_lj‖ * g_lj / ‖g_lj‖."""
+        return {
+            name: (_unit(_rows(g)) * (self.radius * _norm(_rows(centre[name])))).reshape(g.shape)
+            for name, g in gradient.items()
+        }
+
+    def project(self, displacement: Weights, centre: Weights) -> dict[str, Tensor]:
+        """Scale each filter to its radius."""
+        return {
+            name: _shrink(_rows(v), self.radius * _norm(_rows(centre[name]))).reshape(v.shape)
+            for name, v in displacement.items()
+        }
+
+    def sample(self, centre: Weights, generator: Generator = None, surface: bool = False) -> dict[str, Tensor]:
+        """Uniform in (or on) each filter's own ball."""
+        return {
+            name: (_sample_rows(_rows(w), generator, surface) * (self.radius * _norm(_rows(w)))).reshape(w.shape)
+            for name, w in centre.items()
+        }
+
+
+@dataclass(frozen=True)
+class Global:
+    """{v : ‖v‖_2 <= radius} over all tensors together: the ball of SAM.
+
+    Args:
+        radius: in units of the weights, SAM's rho; or of ‖w‖_2 over all tensors with `relative=True`, RobustWP's gamma.
+
+    >>> Global(1.0).steepest({"a": torch.tensor([3.0]), "b": torch.tensor([4.0])}, {})
+    {'a': tensor([0.6000]), 'b': tensor([0.8000])}
+    """
+
+    radius: float
+    relative: bool = False
+
+    def __post_init__(self) -> None:
+        _check_radius(self.radius)
+
+    def steepest(self, gradient: Weights, centre: Weights) -> dict[str, Tensor]:
+        """v = radius * g / ‖g‖_2."""
+        return _split(_unit(_joined(gradient)) * self._limit(gradient, centre), gradient)
+
+    def project(self, displacement: Weights, centre: Weights) -> dict[str, Tensor]:
+        """Scale all tensors by one factor."""
+        return _split(_shrink(_joined(displacement), self._limit(displacement, centre)), displacement)
+
+    def sample(self, centre: Weights, generator: Generator = None, surface: bool = False) -> dict[str, Tensor]:
+        """Uniform in the ball, or on the sphere."""
+        return _split(_sample_rows(_joined(centre), generator, surface) * self._limit(centre, centre), centre)
+
+    def _limit(self, names: Weights, centre: Weights) -> Tensor | float:
+        return self.radius * _norm(_joined({name: centre[name] for name in names})) if self.relative else self.radius
+
+
+# Below, every norm is taken over the second dimension of a matrix: a row is whatever has a radius of its own.
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    return tensor.reshape(len(tensor), math.prod(tensor.shape[1:]))
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    return tensor.reshape(1, -1)
+
+
+def _joined(tensors: Weights) -> Tensor:
+    if not tensors:
+        raise ValueError("weights: expected at least one tensor, got none")
+    return torch.cat([tensor.flatten() for tensor in tensors.values()])[None]
+
+
+def _split(row: Tensor, like: Weights) -> dict[str, Tensor]:
+    pieces = torch.split(row[0], [tensor.numel() for tensor in like.values()])
+    return {name: piece.reshape(like[name].shape) for name, piece in zip(like, pieces, strict=True)}
+
+
+def _norm(rows: Tensor) -> Tensor:
+    norm: Tensor = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
+    return norm
+
+
+def _unit(rows: Tensor) -> Tensor:
+    """Each row divided by its norm; 0 where the row is zero or not finite."""
+    largest = rows.abs().amax(1, keepdim=True)
+    usable = (largest > 0) & (largest < math.inf)  # false for NaN, too
+    scaled = rows / largest  # first, or the squares of a tiny gradient underflow and a huge one's overflow
+    return torch.where(usable, scaled / _norm(scaled), 0)
+
+
+def _shrink(rows: Tensor, limit: Tensor | float) -> Tensor:
+    norm = _norm(rows)
+    return torch.where(norm > limit, rows * (limit / norm), rows)
+
+
+def _sample_rows(like: Tensor, generator: Generator, surface: bool) -> Tensor:
+    """A point of the unit sphere per row, or of the unit ball: then its distance from 0 is u^(1/d), by the volume of
+    balls.
+    """
+    direction = _unit(normal(like, generator))
+    return direction if surface else direction * uniform(like[:, :1], generator) ** (1 / like.shape[1])
+
+
+def _clamp_to_box(displacement: Tensor, centre: Tensor, box: Box) -> Tensor:
+    return displacement if box is None else displacement.clamp(box[0] - centre, box[1] - centre)
+
+
+def _check_radius(radius: float) -> None:
+    if not 0 <= radius < math.inf:
+        raise ValueError(f"radius: expected a finite number >= 0, got {radius!r}")
+
+
+def _check_box(box: Box) -> None:
+    if box is not None and not box[0] < box[1]:
+        raise ValueError(f"box: expected (low, high) with low < high, or None, got {box!r}")

@@ -1,0 +1,110 @@
+"""The input adversary: maximise f(x') over a ball around x, by projected steepest ascent.
+
+    x'_0 = x + start,    x'_{k+1} = x + P( x'_k - x + s(eta, grad f(x'_k)) ),    k = 0 ... steps - 1
+
+P is the ball's projection, s(eta, g) its steepest step of size eta (eta sign g for Linf, eta g / ‖g‖ for L2). It knows
+no model and no label: f is a function of x' alone, one value per example, and only its gradient with respect to x' is
+computed.
+
+Sources: Goodfellow, Shlens, Szegedy, arXiv 1412.6572 (FGSM); Madry et al., arXiv 1706.06083 (PGD).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from saltflat.balls import InputBall
+from saltflat.objectives import Value
+from saltflat.random import Generator, normal
+
+Start = Callable[[InputBall, Tensor, Generator], Tensor]
+
+
+def zero(ball: InputBall, x: Tensor, generator: Generator = None) -> Tensor:
+    """Start at x itself; draws nothing."""
+    return torch.zeros_like(x)
+
+
+def uniform(ball: InputBall, x: Tensor, generator: Generator = None) -> Tensor:
+    """Start at a uniform draw from the ball (and in the box)."""
+    return ball.sample(x, generator)
+
+
+def gaussian(std: float) -> Start:
+    """Start at x + std * N(0, 1), as TRADES does with std = 1e-3: not projected, so the first gradient may be taken a
+    hair outside the box.
+    """
+
+    def draw(ball: InputBall, x: Tensor, generator: Generator = None) -> Tensor:
+        return std * normal(x, generator)
+
+    return draw
+
+
+@dataclass(frozen=True)
+class PGD:
+    """Projected steepest ascent in `ball`.
+
+    Args:
+        ball: an input ball, such as `Linf(8 / 255)`.
+        step_size: in the ball's unit (2 / 255).
+        steps: gradient evaluations; x_adv is the last iterate.
+        start: a function (ball, x, generator) -> displacement: `uniform`, `zero` or `gaussian(std)`.
+
+    >>> from saltflat import AT, L2
+    >>> model = torch.nn.Linear(4, 2)
+    >>> x, y = torch.rand(3, 4), torch.tensor([0, 1, 0])
+    >>> attack = PGD(L2(0.1), step_size=0.05, steps=4)
+    >>> x_adv = attack(AT().inner(model, x, y), x)
+    >>> bool(((x_adv - x).norm(dim=1) <= 0.1 + 1e-6).all()), model.weight.grad is None
+    (True, True)
+    """
+
+    ball: InputBall
+    step_size: float
+    steps: int
+    start: Start = uniform
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise ValueError(f"steps: expected an integer >= 1, got {self.steps!r}")
+        if not 0 <= self.step_size < float("inf"):
+            raise ValueError(f"step_size: expected a finite number >= 0, got {self.step_size!r}")
+
+    def __call__(self, f: Value, x: Tensor, *, start: Tensor | None = None, generator: Generator = None) -> Tensor:
+        """Attack the batch x.
+
+        Args:
+            f: x' (N, ...) -> (N,), what is maximised; `objective.inner(model, x, y)`.
+            x: (N, ...), the centres, inside the ball's box.
+            start: x' itself, used as it is given, to go on from; else `self.start` draws it.
+            generator: what the start is drawn from.
+
+        Returns: x_adv (N, ...), detached, in the ball and in the box. Changes nothing but the generator, and buffers
+            if f's model is in train mode.
+        """
+        # Type: ignore[type-var]  # balls are dataclasses
+        ball, step = self.ball, replace(self.ball, radius=self.step_size)
+        v = self.start(ball, x, generator) if start is None else start.detach() - x
+        x_adv = x + v if start is None else start.detach()
+        for _ in range(self.steps):
+            with torch.enable_grad():
+                x_adv.requires_grad_()
+                (gradient,) = torch.autograd.grad(f(x_adv).sum(), x_adv)
+            v = ball.project(v + step.steepest(gradient, x), x)
+            x_adv = x + v
+        return x_adv
+
+
+def FGSM(ball: InputBall) -> PGD:
+    """The fast gradient sign method: one step of the ball's radius from x itself.
+
+    >>> from saltflat import Linf
+    >>> FGSM(Linf(8 / 255)).steps
+    1
+    """
+    return PGD(ball, step_size=ball.radius, steps=1, start=zero)

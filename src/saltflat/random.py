@@ -1,0 +1,118 @@
+"""Random numbers that are asked for explicitly, and that can belong to an example instead of to a batch.
+
+`Generator` is what every drawing function of the library takes: a `torch.Generator` (draws follow each other, so they
+depend on batch size and order), a `PerExample` (row i's draws depend on nothing but the seed, the example's id and the
+number of the draw), or None (torch's global one).
+
+A counter-based generator is a hash of a counter (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC
+2011). The hash here is the finaliser of SplitMix64 (Steele, Lea, Flood, OOPSLA 2014), computed in int64, where torch
+wraps around as unsigned arithmetic does.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+GOLDEN = -7046029254386353131  # 2**64 / golden ratio, odd, as a signed integer
+# Of a uniform number: the resolution of fp32, so that draws are equal in every precision and never round up to 1
+BITS = 24
+
+
+class PerExample:
+    """Draws that belong to examples: equal for an example whatever batch, order, shard or device it stands in.
+
+    Args:
+        seed: any integer.
+        ids: (N,) int64, one identity per row of the tensors that will be drawn.
+
+    Each call of `uniform` or `normal` counts as one draw and advances `draws`. Devices agree on uniform numbers to the
+    bit, on normal ones to rounding.
+
+    >>> ids = torch.tensor([7, 3])
+    >>> alone, together = PerExample(0, ids[1:]), PerExample(0, ids)
+    >>> torch.equal(uniform(torch.zeros(1, 5), alone)[0], uniform(torch.zeros(2, 5), together)[1])
+    True
+    """
+
+    def __init__(self, seed: int, ids: Tensor) -> None:
+        if ids.ndim != 1 or ids.dtype != torch.int64:
+            raise ValueError(f"ids: expected int64 of shape (N,), got {ids.dtype} of shape {tuple(ids.shape)}")
+        self.seed, self.ids, self.draws = seed, ids, 0
+
+    def bits(self, shape: Sequence[int], device: torch.device) -> Tensor:
+        """Uniform integers in [0, 2**24) of shape (N, ...); one draw."""
+        if len(shape) == 0 or shape[0] != len(self.ids):
+            raise ValueError(f"shape: the first dimension must be the {len(self.ids)} ids, got {tuple(shape)}")
+        self.draws += 1
+        key = torch.tensor(derived_seed(self.seed, self.draws), device=device)
+        row = _mix(key ^ _mix(self.ids.to(device)))
+        column = torch.arange(1, math.prod(shape[1:]) + 1, device=device)
+        hashed = _mix(row[:, None] + column * GOLDEN)
+        return _shift_right(hashed, 64 - BITS).reshape(tuple(shape))
+
+
+Generator = torch.Generator | PerExample | None
+
+
+def uniform(like: Tensor, generator: Generator = None) -> Tensor:
+    """Uniform numbers in [0, 1), of the shape, dtype and device of `like`; advances the generator."""
+    if isinstance(generator, PerExample):
+        return generator.bits(like.shape, like.device).to(like.dtype).div(2**BITS)
+    return torch.rand(like.shape, dtype=like.dtype, device=like.device, generator=generator)
+
+
+def normal(like: Tensor, generator: Generator = None) -> Tensor:
+    """Standard normal numbers, of the shape, dtype and device of `like`; advances the generator (by two draws if
+    `PerExample`).
+
+    `PerExample` uses Box and Muller's sqrt(-2 log u1) cos(2 pi u2) with u1 in (0, 1], so no number exceeds 5.8 in
+    absolute value.
+    """
+    if isinstance(generator, PerExample):
+        dtype = torch.promote_types(like.dtype, torch.float32)
+        u1 = generator.bits(like.shape, like.device).to(dtype).add(1).div(2**BITS)
+        u2 = generator.bits(like.shape, like.device).to(dtype).div(2**BITS)
+        return u1.log().mul(-2).sqrt().mul(u2.mul(2 * math.pi).cos()).to(like.dtype)
+    return torch.randn(like.shape, dtype=like.dtype, device=like.device, generator=generator)
+
+
+def derived_seed(seed: int, *stream: int) -> int:
+    """A seed of its own for every stream of random numbers (purpose, epoch, rank, ...), far from those of its
+    neighbours.
+
+    >>> derived_seed(0, 1) != derived_seed(1, 0) != derived_seed(0, 1, 0)
+    True
+    """
+    value = _mix_integer(seed)
+    for number in (len(stream), *stream):
+        value = _mix_integer(value + number)
+    return value >> 1  # torch takes seeds below 2**63
+
+
+def seeded(seed: int, *stream: int, device: torch.device | str = "cpu") -> torch.Generator:
+    """A torch.Generator on `device`, seeded with `derived_seed(seed, *stream)`."""
+    return torch.Generator(device).manual_seed(derived_seed(seed, *stream))
+
+
+def _shift_right(value: Tensor, bits: int) -> Tensor:
+    return (value >> bits) & ((1 << (64 - bits)) - 1)  # int64 shifts copy the sign: mask it away
+
+
+def _mix(value: Tensor) -> Tensor:
+    value = value + GOLDEN
+    value = (value ^ _shift_right(value, 30)) * -4658895280553007687
+    value = (value ^ _shift_right(value, 27)) * -7723592293110705685
+    return value ^ _shift_right(value, 31)
+
+
+def _mix_integer(value: int) -> int:
+    """`_mix` of one Python integer, as an unsigned number."""
+    mask = 2**64 - 1
+    value = (value + GOLDEN) & mask
+    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & mask
+    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & mask
+    return value ^ (value >> 31)

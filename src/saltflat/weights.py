@@ -1,0 +1,302 @@
+"""The weight adversary: climb at w, hold w + v, give w back.
+
+    v_0 = start (0),    v_{k+1} = P( v_k + s(eta, grad L(w + v_k)) ),    k = 0 ... steps - 1
+
+L is a closure, the training loss as a function of the weights; P and s(eta, g) are the projection and the steepest
+step of a weight ball, whose norms ‖w_l‖ are always taken at the centre w. With `Layerwise(gamma)` and one step, v_l =
+gamma ‖w_l‖ g_l / ‖g_l‖, the usual form of AWP.
+
+What comes back is w itself, to the bit, however the block is left: a copy is put back, nothing is added and then
+subtracted (which drifts), and no parameter gets other storage. Buffers (BatchNorm's running statistics, spectral
+norm's vectors, counters) stand after the climb as they did before, so they only see the forwards that the caller
+makes; `.grad` is as the caller left it.
+
+Source: Wu, Xia, Wang, "Adversarial Weight Perturbation Helps Robust Generalization", NeurIPS 2020, arXiv 2004.05884,
+Algorithm 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from saltflat.balls import WeightBall, Weights
+
+Closure = Callable[[], Tensor]
+Where = Callable[[str, nn.Parameter], bool]
+
+
+def default(name: str, parameter: nn.Parameter) -> bool:
+    """The tensors that AWP perturbs: more than one dimension (no bias, no norm layer's scale), and trained."""
+    return parameter.ndim > 1 and parameter.requires_grad
+
+
+def gradient(model: nn.Module, loss: Closure | Sequence[Closure], *, where: Where = default) -> dict[str, Tensor]:
+    """The gradient of `loss` with respect to the chosen weights, as {name: g}; tensors that the loss does not reach
+    are left out.
+
+    Args:
+        model: its `named_parameters` are looked at, a tied weight once.
+        loss: () -> scalar; or a sequence of such closures (micro-batches), whose gradients are added, one graph alive
+            at a time.
+        where: (name, parameter) -> bool, which tensors; the default takes trained ones of more than one dimension.
+
+    The gradient comes from `.backward()`, so that it is averaged over ranks under DistributedDataParallel. The model's
+    `.grad` and buffers are left as they were found; hooks on its parameters do fire, and a loss that also reaches
+    other modules leaves its gradient there.
+
+    >>> model = nn.Linear(2, 1, bias=False)
+    >>> gradient(model, lambda: model(torch.tensor([[3.0, 4.0]])).sum())["weight"]
+    tensor([[3., 4.]])
+    """
+    return _climbing_gradient(model, loss, _chosen(model, where))[0]
+
+
+@contextmanager
+def displaced(model: nn.Module, displacement: Weights) -> Iterator[None]:
+    """Holds w + v inside the block, and gives w back, to the bit.
+
+    Args:
+        displacement: {name: v}, by the names of `model.named_parameters()`.
+
+    Raises: KeyError for a name that the model does not have.
+
+    >>> model = nn.Linear(2, 1)
+    >>> with displaced(model, {"weight": torch.ones(1, 2)}):
+    ...     inside = model.weight.detach().clone()
+    >>> bool(torch.allclose(inside - model.weight, torch.ones(1, 2)))
+    True
+    """
+    parameters = dict(model.named_parameters())
+    parameters = {name: parameters[name] for name in displacement}
+    centre = _copied(parameters)
+    try:
+        _place(parameters, centre, displacement)
+        yield
+    finally:
+        _put_back(parameters, centre)
+
+
+class Ascent:
+    """What `perturbed` found.
+
+    Attributes:
+        value: the loss where the climb began, detached and on the device: at w, or at w + start. None if a gradient
+            was handed in.
+        skipped: how many tensors stayed at v = 0 for want of a finite, non-zero gradient; on the device, read it when
+            metrics are written.
+    """
+
+    def __init__(
+        self, value: Tensor | None, skipped: Tensor, parameters: Mapping[str, nn.Parameter], centre: Weights
+    ) -> None:
+        self.value, self.skipped = value, skipped
+        self._parameters: Mapping[str, nn.Parameter] | None = parameters
+        self._centre = centre
+
+    @property
+    def displacement(self) -> dict[str, Tensor]:
+        """{name: v}, derived from the weights as they stand: valid inside the block only."""
+        if self._parameters is None:
+            raise RuntimeError("displacement: valid inside the `with` block only; clone what you need there")
+        return {name: parameter.detach() - self._centre[name] for name, parameter in self._parameters.items()}
+
+    def _close(self) -> None:
+        self._parameters, self._centre = None, {}
+
+
+@contextmanager
+def perturbed(
+    model: nn.Module,
+    loss: Closure | Sequence[Closure] | Weights,
+    ball: WeightBall,
+    *,
+    steps: int = 1,
+    step_size: float | None = None,
+    start: Weights | None = None,
+    where: Where = default,
+    step_inside: bool = False,
+) -> Iterator[Ascent]:
+    """Climb from w, hold w + v inside the block, give w back.
+
+    Args:
+        model: any module; its mode is not touched.
+        loss: () -> scalar, with x_adv fixed before; a sequence of such closures (micro-batches: their sum is climbed);
+            or {name: g}, a gradient at hand.
+        ball: `Layerwise(gamma)`, or any weight ball.
+        steps: K2, gradient evaluations; each is projected.
+        step_size: in the unit of the ball's radius; default radius / steps.
+        start: {name: v} to go on from, else 0.
+        where: (name, parameter) -> bool, which tensors are perturbed.
+        step_inside: False, the optimiser steps after the block, at w: w - lr (grad L(w + v) + weight decay w). True,
+            it steps inside, at w + v, and v is taken off afterwards: weight decay then acts on w + v, as in the
+            official code.
+
+    Yields: an `Ascent`. Tied weights are perturbed once; tensors that the loss does not reach, not at all.
+
+    Raises: ValueError for steps < 1, a given gradient with steps > 1, or a `where` that chooses nothing; RuntimeError
+    (after w was given back) if a weight was changed inside the block without `step_inside=True`.
+
+    >>> model = nn.Linear(2, 1, bias=False)
+    >>> _ = nn.init.constant_(model.weight, 3.0)
+    >>> from saltflat import Layerwise
+    >>> with perturbed(model, lambda: model(torch.tensor([[1.0, 0.0]])).sum(), Layerwise(0.5)) as ascent:
+    ...     print(model.weight.data, ascent.value)
+    tensor([[5.1213, 3.0000]]) tensor(3.)
+    >>> model.weight.data
+    tensor([[3., 3.]])
+    """
+    if steps < 1:
+        raise ValueError(f"steps: expected an integer >= 1, got {steps!r}")
+    if isinstance(loss, Mapping) and steps > 1:
+        raise ValueError(f"steps: a gradient at hand allows one step, got {steps!r}")
+    parameters = _chosen(model, where)
+    centre = _copied(parameters)
+    held: dict[str, Tensor] = {}
+    versions: dict[str, int] = {}
+    try:
+        v, value = _climb(
+            model,
+            loss,
+            ball,
+            parameters,
+            centre,
+            dict(start or {}),
+            steps,
+            ball.radius / steps if step_size is None else step_size,
+        )
+        ascent = Ascent(value, _count_zeros(v), parameters, centre)
+        del v  # while the block runs, one copy of the weights is kept; two if the optimiser steps inside
+        held = _copied(parameters) if step_inside else {}
+        versions = {name: parameter._version for name, parameter in parameters.items()}
+        yield ascent
+    finally:
+        changed = [name for name, version in versions.items() if parameters[name]._version != version]
+        for name, perturbed_weight in held.items():  # AWP official: w <- w + (what the step at w + v did)
+            now = parameters[name].detach()
+            centre[name] = torch.where(now == perturbed_weight, centre[name], centre[name] + (now - perturbed_weight))
+        _put_back(parameters, centre)
+        if versions:
+            ascent._close()
+    if changed and not step_inside:
+        raise RuntimeError(
+            f"weight {changed[0]!r} was changed inside `perturbed`, and the change is lost: "
+            "call optimizer.step() after the block, or pass step_inside=True"
+        )
+
+
+def _climb(
+    model: nn.Module,
+    loss: Closure | Sequence[Closure] | Weights,
+    ball: WeightBall,
+    parameters: Mapping[str, nn.Parameter],
+    centre: Weights,
+    v: dict[str, Tensor],
+    steps: int,
+    step_size: float,
+) -> tuple[dict[str, Tensor], Tensor | None]:
+    """The iteration at the head of this file; leaves the weights at w + v."""
+    step = replace(ball, radius=step_size)
+    first_value: Tensor | None = None
+    _place(parameters, centre, v)
+    for k in range(steps):
+        if isinstance(loss, Mapping):
+            g = {name: loss[name] for name in parameters if name in loss}
+        else:
+            g, value = _climbing_gradient(model, loss, parameters)
+            first_value = value if k == 0 else first_value
+        ascended = {name: v[name] + s if name in v else s for name, s in step.steepest(g, centre).items()}
+        v = v | ball.project(ascended, centre)
+        _place(parameters, centre, v)
+    return v, first_value
+
+
+def _climbing_gradient(
+    model: nn.Module, loss: Closure | Sequence[Closure], parameters: Mapping[str, nn.Parameter]
+) -> tuple[dict[str, Tensor], Tensor]:
+    """The gradient and the value of the (summed) loss at the weights as they stand."""
+    with _buffers_kept(model), _gradients_set_aside(model), torch.enable_grad():
+        values = [_backward(closure) for closure in ([loss] if callable(loss) else loss)]
+        return {name: p.grad.detach() for name, p in parameters.items() if p.grad is not None}, torch.stack(
+            values
+        ).sum()
+
+
+def _backward(closure: Closure) -> Tensor:
+    value = closure()
+    value.backward()  # type: ignore[no-untyped-call]
+    return value.detach()
+
+
+@contextmanager
+def _gradients_set_aside(model: nn.Module) -> Iterator[None]:
+    """`.grad` is None inside, and afterwards the tensor that it was, with the content that it had.
+
+    The content is cloned, not only the reference kept: under DistributedDataParallel a `.grad` may be a view of a
+    bucket that the next backward fills.
+    """
+    kept = [
+        (parameter, parameter.grad, None if parameter.grad is None else parameter.grad.clone())
+        for parameter in model.parameters()
+    ]
+    try:
+        for parameter, _, _ in kept:
+            parameter.grad = None
+        yield
+    finally:
+        for parameter, grad, content in kept:
+            if grad is not None and content is not None:
+                grad.copy_(content)
+            parameter.grad = grad
+
+
+@contextmanager
+def _buffers_kept(model: nn.Module) -> Iterator[None]:
+    """Whatever the forwards inside do to buffers is undone, whoever owns them.
+
+    All are written back: BatchNorm's kernels change the running statistics without raising their version counters.
+    """
+    kept = [
+        (module._buffers, name, buffer, buffer.clone())
+        for module in model.modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None
+    ]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffers, name, buffer, content in kept:
+                buffers[name] = buffer.copy_(content)
+
+
+def _chosen(model: nn.Module, where: Where) -> dict[str, nn.Parameter]:
+    parameters = dict(model.named_parameters())
+    chosen = {name: parameter for name, parameter in parameters.items() if where(name, parameter)}
+    if not chosen:
+        raise ValueError(f"where: chose none of the model's {len(parameters)} parameters")
+    return chosen
+
+
+def _copied(parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+    return {name: parameter.detach().clone() for name, parameter in parameters.items()}
+
+
+@torch.no_grad()
+def _place(parameters: Mapping[str, nn.Parameter], centre: Weights, displacement: Weights) -> None:
+    for name, v in displacement.items():
+        parameters[name].copy_(centre[name] + v)
+
+
+@torch.no_grad()
+def _put_back(parameters: Mapping[str, nn.Parameter], centre: Weights) -> None:
+    for name, w in centre.items():
+        parameters[name].copy_(w)
+
+
+def _count_zeros(displacement: Weights) -> Tensor:
+    return torch.stack([(v == 0).all() for v in displacement.values()]).sum() if displacement else torch.tensor(0)

@@ -1,0 +1,274 @@
+"""One contract for every ball. Each case says how its rows are cut: what has a radius of its own, and which norm it is
+measured in.
+"""
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+import torch
+
+from saltflat.balls import L2, Filterwise, Global, Layerwise, Linf
+from saltflat.random import PerExample
+
+SHAPES = {"w1": (3, 4), "w2": (2, 3, 2, 2), "b": (5,)}
+
+
+@dataclass
+class Case:
+    name: str
+    ball: Any
+    centre: Any
+    cut: Any  # member -> list of (row, radius): an independent statement of the ball's geometry
+    order: float  # of the norm
+    per_tensor_zero: bool = True
+
+    def like(self, scale=1.0):
+        if isinstance(self.centre, dict):
+            return {name: scale * torch.randn_like(w) for name, w in self.centre.items()}
+        return scale * torch.randn_like(self.centre)
+
+
+def items(member):
+    return member if isinstance(member, dict) else {"x": member}
+
+
+def by_example(radius):
+    return lambda member, centre: [(row.flatten(), radius) for row in member]
+
+
+def by_tensor(radius):
+    return lambda member, centre: [(v.flatten(), radius * centre[name].norm().item()) for name, v in member.items()]
+
+
+def by_filter(radius):
+    return lambda member, centre: [
+        (row.flatten(), radius * w.norm().item())
+        for name, v in member.items()
+        for row, w in zip(v, centre[name], strict=True)
+    ]
+
+
+def all_together(radius, relative):
+    def cut(member, centre):
+        norm = math.sqrt(sum(w.norm().item() ** 2 for w in centre.values()))
+        return [(torch.cat([v.flatten() for v in member.values()]), radius * norm if relative else radius)]
+
+    return cut
+
+
+def cases(dtype):
+    torch.manual_seed(1)
+    weights = {name: torch.randn(shape, dtype=dtype) for name, shape in SHAPES.items()}
+    found = []
+    for shape in ((5,), (5, 4), (5, 3, 2, 2)):
+        x = torch.rand(shape, dtype=dtype)
+        for radius in (0.3, 8 / 255):
+            found.append(Case(f"Linf{shape}", Linf(radius, box=None), x, by_example(radius), math.inf))
+            found.append(Case(f"L2{shape}", L2(radius, box=None), x, by_example(radius), 2))
+    for radius in (0.01, 2.0):
+        found.append(Case("Layerwise", Layerwise(radius), weights, by_tensor(radius), 2))
+        found.append(Case("Filterwise", Filterwise(radius), weights, by_filter(radius), 2))
+        found.append(Case("Global", Global(radius), weights, all_together(radius, False), 2))
+        found.append(Case("Global relative", Global(radius, relative=True), weights, all_together(radius, True), 2))
+    return found
+
+
+def pytest_generate_tests(metafunc):
+    if "case" in metafunc.fixturenames:
+        both = [(case, dtype) for dtype in (torch.float64, torch.float32) for case in cases(dtype)]
+        ids = [f"{case.name}-{case.ball.radius:.3g}-{str(dtype)[6:]}" for case, dtype in both]
+        metafunc.parametrize(
+            ("case", "tolerance"), [(c, 1e-12 if d is torch.float64 else 1e-6) for c, d in both], ids=ids
+        )
+
+
+def inner_product(one, other):
+    return sum(
+        (a.double() * b.double()).sum().item() for a, b in zip(items(one).values(), items(other).values(), strict=True)
+    )
+
+
+def close(one, other, tolerance):
+    return all(
+        torch.allclose(a, b, rtol=tolerance, atol=tolerance)
+        for a, b in zip(items(one).values(), items(other).values(), strict=True)
+    )
+
+
+def identical(one, other):
+    return all(torch.equal(a, b) for a, b in zip(items(one).values(), items(other).values(), strict=True))
+
+
+def scaled(member, factor):
+    return {name: factor * v for name, v in member.items()} if isinstance(member, dict) else factor * member
+
+
+def is_member(case, v, tolerance):
+    return all(
+        row.double().norm(p=case.order).item() <= radius * (1 + tolerance) for row, radius in case.cut(v, case.centre)
+    )
+
+
+def test_steepest_attains_hoelder_equality(case, tolerance):
+    g = case.like()
+    dual = {math.inf: 1, 2: 2}[case.order]
+    best = sum(radius * row.double().norm(p=dual).item() for row, radius in case.cut(g, case.centre))
+    v = case.ball.steepest(g, case.centre)
+    assert inner_product(g, v) == pytest.approx(best, rel=10 * tolerance)
+    assert is_member(case, v, tolerance)
+    assert inner_product(g, case.ball.sample(case.centre, torch.Generator().manual_seed(0))) <= best
+
+
+@pytest.mark.parametrize("c", [1e-20, 3.0, 1e20])
+def test_steepest_ignores_the_gradient_s_scale(case, tolerance, c):
+    g = case.like()
+    assert close(case.ball.steepest(scaled(g, c), case.centre), case.ball.steepest(g, case.centre), 20 * tolerance)
+
+
+@pytest.mark.parametrize("bad", [0.0, math.nan, math.inf, -math.inf])
+def test_zero_or_non_finite_gradient_gives_no_step(case, tolerance, bad):
+    g = case.like()
+    first = next(iter(items(g).values()))
+    if bad == 0:
+        first[0] = 0.0 if case.ball.__class__ in (Linf, L2, Filterwise) else first[0]
+    whole = first[0] if first.ndim > 1 else first
+    if bad == 0 and case.ball.__class__ in (Layerwise, Global):
+        first.zero_()
+        if isinstance(case.ball, Global):
+            for tensor in g.values():
+                tensor.zero_()
+    elif bad != 0:
+        whole.view(-1)[0] = bad
+    clean = case.ball.steepest(case.like(), case.centre)
+    v = case.ball.steepest(g, case.centre)
+    assert all(tensor.isfinite().all() for tensor in items(v).values())
+    stopped = {Linf: "example", L2: "example", Filterwise: "example", Layerwise: "tensor", Global: "all"}[
+        case.ball.__class__
+    ]
+    one = next(iter(items(v).values()))
+    if stopped == "all":
+        assert all((tensor == 0).all() for tensor in v.values())
+    elif stopped == "tensor":
+        assert (one == 0).all()
+        assert all((v[name] != 0).any() for name in list(v)[1:])
+    else:
+        assert (one[0] == 0).all()
+        assert (one[1:] != 0).any()
+    assert any((tensor != 0).any() for tensor in items(clean).values())
+
+
+def test_projection_inside_on_and_outside(case, tolerance):
+    direction = case.ball.steepest(case.like(), case.centre)  # on the surface
+    inside = scaled(direction, 0.9)
+    assert identical(case.ball.project(inside, case.centre), inside)
+    assert close(case.ball.project(direction, case.centre), direction, tolerance)
+    outside = scaled(direction, 7.0)
+    projected = case.ball.project(outside, case.centre)
+    assert is_member(case, projected, tolerance)
+    assert close(projected, direction, 2 * tolerance)
+    assert close(case.ball.project(projected, case.centre), projected, tolerance)
+
+
+def test_projection_is_the_nearest_member(case, tolerance):
+    v = case.like(3.0)
+    projected = case.ball.project(v, case.centre)
+
+    def distance(member):
+        return math.sqrt(
+            sum(
+                (a.double() - b.double()).pow(2).sum().item()
+                for a, b in zip(items(member).values(), items(v).values(), strict=True)
+            )
+        )
+
+    generator = torch.Generator().manual_seed(0)
+    for surface in (False, True):
+        for _ in range(20):
+            assert distance(projected) <= distance(case.ball.sample(case.centre, generator, surface)) * (1 + tolerance)
+
+
+def test_samples_are_members_and_surface_samples_lie_on_the_surface(case, tolerance):
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(20):
+        assert is_member(case, case.ball.sample(case.centre, generator), tolerance)
+        for row, radius in case.cut(case.ball.sample(case.centre, generator, surface=True), case.centre):
+            assert row.double().norm(p=case.order).item() == pytest.approx(radius, rel=2 * tolerance)
+
+
+def test_samples_fill_the_ball_uniformly(case, tolerance):
+    generator = torch.Generator().manual_seed(0)
+    fractions = []
+    for _ in range(400):
+        for row, radius in case.cut(case.ball.sample(case.centre, generator), case.centre):
+            fractions.append((row.double().norm(p=case.order).item() / radius) ** row.numel())
+    # ‖v‖ / radius to the power of the dimension is uniform in [0, 1]: compare its mean within 5 standard errors
+    assert abs(sum(fractions) / len(fractions) - 0.5) < 5 / math.sqrt(12 * len(fractions))
+
+
+def test_equal_generators_give_equal_samples_and_inputs_are_not_written_to(case, tolerance):
+    before, g = scaled(case.centre, 1), case.like()
+    kept = scaled(g, 1)
+    one, other = (case.ball.sample(case.centre, torch.Generator().manual_seed(3)) for _ in range(2))
+    assert identical(one, other)
+    case.ball.steepest(g, case.centre)
+    case.ball.project(g, case.centre)
+    assert identical(case.centre, before)
+    assert identical(g, kept)
+
+
+def test_radius_zero_is_a_point(case, tolerance):
+    point = replace(case.ball, radius=0.0)
+    for v in (
+        point.steepest(case.like(), case.centre),
+        point.project(case.like(), case.centre),
+        point.sample(case.centre),
+    ):
+        assert all((tensor == 0).all() for tensor in items(v).values())
+
+
+@pytest.mark.parametrize("ball", [Linf, L2, Layerwise, Filterwise, Global])
+@pytest.mark.parametrize("radius", [-1e-9, math.nan, math.inf])
+def test_refuses_a_radius_that_is_none(ball, radius):
+    with pytest.raises(ValueError, match="radius: expected a finite number >= 0"):
+        ball(radius)
+
+
+@pytest.mark.parametrize("ball", [Linf(0.3), L2(0.7)])
+@pytest.mark.parametrize("shape", [(6,), (6, 4), (6, 3, 2, 2)])
+def test_the_box_holds_for_projections_and_samples(ball, shape):
+    x = torch.rand(shape)
+    x[0], x[1] = 0.0, 1.0
+    generator = torch.Generator().manual_seed(0)
+    for v in (ball.project(torch.randn(shape), x), ball.sample(x, generator), ball.sample(x, generator, surface=True)):
+        assert (x + v).min() >= 0
+        assert (x + v).max() <= 1
+        assert is_member(Case("", ball, x, by_example(ball.radius), math.inf if isinstance(ball, Linf) else 2), v, 1e-6)
+
+
+def test_linf_projection_with_a_box_is_the_nearest_point_of_the_intersection():
+    ball, x = Linf(0.3), torch.tensor([[0.1, 0.5, 0.95]], dtype=torch.float64)
+    assert torch.allclose(
+        ball.project(torch.tensor([[-1.0, 1.0, 1.0]], dtype=torch.float64), x),
+        torch.tensor([[-0.1, 0.3, 0.05]]).double(),
+    )
+
+
+def test_input_balls_draw_per_example():
+    ids = torch.arange(4)
+    x = torch.rand(4, 3, 2, 2)
+    for ball in (Linf(0.3), L2(0.3)):
+        whole = ball.sample(x, PerExample(0, ids))
+        assert torch.equal(whole[2:3], ball.sample(x[2:3], PerExample(0, ids[2:3])))
+
+
+def test_refuses_a_box_that_is_none():
+    with pytest.raises(ValueError, match="low < high"):
+        Linf(0.1, box=(1.0, 0.0))
+
+
+def test_empty_batches_pass_through():
+    x = torch.zeros(0, 3, 2, 2)
+    for ball in (Linf(0.1), L2(0.1)):
+        assert ball.steepest(x, x).shape == ball.project(x, x).shape == x.shape
