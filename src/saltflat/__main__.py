@@ -1,0 +1,5 @@
+"""`python -m saltflat` is `saltflat`."""
+
+from saltflat.lab.cli import main
+
+main()

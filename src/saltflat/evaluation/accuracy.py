@@ -1,0 +1,125 @@
+"""Accuracy and loss under attack, example by example.
+
+    outcome i:  x'_i = attack of x_i,   loss_i = CE(f_w(x'_i), y_i),   correct_i = [ argmax f_w(x'_i) = y_i ]
+
+Always with the weights as they stand, in eval mode, on images as they are. The outcomes are the record; every accuracy
+is derived from them. The attack's starts are drawn per example, so that an outcome does not depend on the batch that
+it was computed in, nor on the order.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from saltflat.data.images import Images, to_float
+from saltflat.inputs import PGD
+from saltflat.objectives import AT, Value, ce, margin
+from saltflat.random import PerExample
+from saltflat.step import in_mode
+
+Inner = Callable[[nn.Module, Tensor, Tensor], Value]
+
+
+def cross_entropy(model: nn.Module, x: Tensor, y: Tensor) -> Value:
+    """What PGD and FGSM maximise: CE(model(x'), y)."""
+    return AT().inner(model, x, y)
+
+
+def carlini_wagner(model: nn.Module, x: Tensor, y: Tensor) -> Value:
+    """What CW-PGD maximises: the margin max_{k != y} z'_k - z'_y."""
+    return lambda x_adv: margin(model(x_adv), y)
+
+
+@dataclass(frozen=True)
+class Outcomes:
+    """One row per example, on the CPU.
+
+    Attributes:
+        loss: (N,) cross-entropy at x_adv, in nats.
+        correct: (N,) bool, the prediction at x_adv is the label.
+    """
+
+    loss: Tensor
+    correct: Tensor
+
+    @property
+    def accuracy(self) -> float:
+        return self.correct.double().mean().item()
+
+    @property
+    def mean_loss(self) -> float:
+        return self.loss.double().mean().item()
+
+
+def outcomes(
+    model: nn.Module,
+    data: Images,
+    attack: PGD | None,
+    *,
+    inner: Inner = cross_entropy,
+    batch_size: int = 256,
+    seed: int = 0,
+) -> Outcomes:
+    """Attack every example and look at the answers.
+
+    Args:
+        model: evaluated on its own device and in its own precision, in eval mode; modes come back, nothing is changed.
+        data: (N, C, H, W) uint8 images and their labels.
+        attack: None for clean images.
+        inner: (model, x, y) -> f, what the attack maximises.
+        batch_size: examples at a time; it does not change what is drawn.
+        seed: of the attack's starts.
+
+    >>> from saltflat.data import Images
+    >>> data = Images(torch.zeros(4, 1, 2, 2, dtype=torch.uint8), torch.tensor([0, 1, 0, 1]), 2, "nothing to see")
+    >>> outcomes(nn.Sequential(nn.Flatten(), nn.Linear(4, 2)), data, None).accuracy
+    0.5
+    """
+    return collect(outcomes_by_batch(model, data, attack, inner=inner, batch_size=batch_size, seed=seed))
+
+
+def outcomes_by_batch(
+    model: nn.Module,
+    data: Images,
+    attack: PGD | None,
+    *,
+    inner: Inner = cross_entropy,
+    batch_size: int = 256,
+    seed: int = 0,
+) -> Iterator[Outcomes]:
+    """`outcomes`, a batch at a time, for whoever shows progress."""
+    parameter = next(model.parameters())
+    for rows in torch.split(torch.arange(len(data)), batch_size):
+        x = to_float(data.images[rows].to(parameter.device), parameter.dtype)
+        y = data.labels[rows].to(parameter.device)
+        with in_mode(model, "eval"):
+            if attack is not None:
+                x = attack(inner(model, x, y), x, generator=PerExample(seed, rows))
+            with torch.no_grad():
+                logits = model(x)
+        yield Outcomes(ce(logits, y).cpu(), (logits.argmax(1) == y).cpu())
+
+
+def collect(batches: Iterable[Outcomes]) -> Outcomes:
+    """All batches as one."""
+    parts = list(batches)
+    return Outcomes(torch.cat([part.loss for part in parts]), torch.cat([part.correct for part in parts]))
+
+
+def interval(correct: int, n: int) -> tuple[float, float]:
+    """The 95 % interval of a proportion, by Wilson's score (1927): right also near 0 and 1.
+
+    >>> [round(end, 4) for end in interval(50, 100)]
+    [0.4038, 0.5962]
+    """
+    if not 0 <= correct <= n or n < 1:
+        raise ValueError(f"correct: expected 0 <= correct <= n with n >= 1, got {correct!r} of {n!r}")
+    z, p = 1.959963984540054, correct / n
+    centre = (p + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    return max(0.0, centre - half), min(1.0, centre + half)

@@ -1,0 +1,200 @@
+"""From a config to the objects that `fit` takes: data, network, optimiser, plan. The one file in which names become
+things.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from saltflat import data as datasets
+from saltflat import models
+from saltflat.balls import L2, InputBall, Layerwise, Linf
+from saltflat.data import Images, Splits
+from saltflat.inputs import PGD, gaussian, uniform, zero
+from saltflat.lab.config import Train, shown
+from saltflat.objectives import AT, MART, TRADES, Natural, Objective, Value
+from saltflat.random import derived_seed
+from saltflat.schedules import constant, cosine, cyclic, from_progress, piecewise, warm_up
+from saltflat.train import Plan, as_it_is
+
+VALIDATION_SEED = 2020  # one split for all seeds, so that their best epochs are chosen on the same examples
+WEIGHTS = 1  # the stream of random numbers that initial weights come from
+
+
+@dataclass(frozen=True)
+class Sets:
+    """What a run trains on, and what it is measured on, by name."""
+
+    train: Images
+    measured: dict[str, Images]
+    test: Images
+
+
+def device(name: str) -> torch.device:
+    """The device of that name; ValueError of one line if this machine has none."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        found = torch.device(name)
+        torch.empty(0, device=found)
+    except (RuntimeError, AssertionError, NotImplementedError):
+        has = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+        raise ValueError(f"device: expected auto or one of {', '.join(has)} on this machine, got {name!r}") from None
+    return found
+
+
+def splits(config: Train) -> Splits:
+    """The training and the test set, read whole."""
+    path = config.data.path
+    if config.data.name == "digits":
+        return datasets.digits()
+    assert path is not None  # `checked` made sure
+    readers = {"cifar10": datasets.cifar10, "cifar100": datasets.cifar100, "parquet": datasets.parquet}
+    try:
+        return readers[config.data.name](path)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"data.path: {' '.join(str(error).split())}") from None
+
+
+def sets(config: Train) -> Sets:
+    """The training examples, and the fixed sets of the measurements: a training subset, validation, test."""
+    read = splits(config)
+    total, held = len(read.train), config.data.validation_examples
+    if held >= total:
+        raise ValueError(f"data.validation_examples: expected fewer than the {total} training examples, got {held}")
+    if config.data.examples > total - held:
+        left = f"{total - held}, which validation leaves of {total}"
+        raise ValueError(f"data.examples: expected at most {left}, got {config.data.examples}")
+    rest, validation = datasets.stratified_split(read.train.labels, held, VALIDATION_SEED)
+    train = _subset(read.train.subset(rest), config.data.examples)
+    measured = {
+        "train": _subset(train, config.evaluation.examples),
+        "validation": read.train.subset(validation),
+        "test": _subset(read.test, config.evaluation.examples),
+    }
+    return Sets(train, measured, read.test)
+
+
+def _subset(images: Images, examples: int) -> Images:
+    if examples == 0 or examples >= len(images):
+        return images
+    return images.subset(datasets.stratified_subset(images.labels, examples, VALIDATION_SEED))
+
+
+def network(config: Train, like: Images) -> nn.Module:
+    """The network for such images, on the CPU, with the initial weights of the config's seed.
+
+    torch's global generator is left as it was.
+    """
+    channels, height, width = like.images.shape[1:]
+    of = config.model
+    pixels: dict[str, Any] = {"mean": of.mean or None, "std": of.std or None}
+    if of.mean and len(of.mean) not in (1, channels):
+        raise ValueError(f"model.mean: expected {channels} numbers, one per channel, got {len(of.mean)}")
+    classes = like.num_classes
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derived_seed(config.seed, WEIGHTS))
+        if of.name == "mlp":
+            hidden = (of.width or 256,) * 2
+            made = models.mlp(classes, in_features=channels * height * width, hidden=hidden, **pixels)
+        elif of.name == "small-cnn":
+            made = models.small_cnn(classes, in_channels=channels, width=of.width or 32, **pixels)
+        elif of.name == "small-resnet":
+            first = of.width or 24
+            made = models.small_resnet(classes, in_channels=channels, widths=(first, 2 * first, 4 * first), **pixels)
+        elif of.name == "preact-resnet18":
+            made = models.preact_resnet18(classes, in_channels=channels, **pixels)
+        else:
+            made = models.wide_resnet(of.depth, of.widen_factor, classes, in_channels=channels, **pixels)
+    return made.to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
+
+
+def optimizer(config: Train, model: nn.Module) -> torch.optim.Optimizer:
+    """SGD over all parameters; the plan sets its rate."""
+    of = config.optimizer
+    return torch.optim.SGD(model.parameters(), of.learning_rate, momentum=of.momentum, weight_decay=of.weight_decay)
+
+
+def ball(config: Train) -> InputBall:
+    """The threat model."""
+    return Linf(config.attack.eps) if config.attack.norm == "Linf" else L2(config.attack.eps)
+
+
+def attack(config: Train, steps: int) -> PGD:
+    """The attack that measures: the config's threat model and step size, from a uniform start."""
+    return PGD(ball(config), config.attack.step_size, steps)
+
+
+def attack_in_words(config: Train, steps: int) -> str:
+    """What captions say of it."""
+    threat = f"{config.attack.norm}, eps {shown(config.attack.eps)}"
+    return f"PGD-{steps}, {threat}, step {shown(config.attack.step_size)}, uniform start"
+
+
+def objective(config: Train) -> Objective:
+    """The pair of losses."""
+    beta = config.objective.beta
+    by_name: dict[str, Objective] = {"natural": Natural(), "at": AT(), "trades": TRADES(beta), "mart": MART(beta)}
+    found = by_name[config.objective.name]
+    return CleanForwardToo(found) if config.optimizer.clean_forward == "inside" else found
+
+
+@dataclass(frozen=True)
+class CleanForwardToo:
+    """AWP official (TRADES): the loss computes the clean logits twice; only BatchNorm's running statistics notice."""
+
+    objective: Objective
+
+    def inner(self, model: nn.Module, x: Tensor, y: Tensor) -> Value:
+        return self.objective.inner(model, x, y)
+
+    def outer(self, model: nn.Module, x: Any, x_adv: Any, y: Tensor) -> Tensor:
+        value = self.objective.outer(model, x, x_adv, y)
+        with torch.no_grad():
+            model(x)
+        return value
+
+
+def plan(config: Train) -> Plan:
+    """What `fit` does."""
+    of, awp = config.optimizer, config.awp
+    rate = {
+        "constant": constant(of.learning_rate),
+        "piecewise": piecewise(of.learning_rate, {0.5: 0.1, 0.75: 0.1}),
+        "cosine": cosine(of.learning_rate),
+        "cyclic": cyclic(of.learning_rate),
+    }[of.schedule]
+    gamma = from_progress(awp.warmup / of.epochs, constant(awp.gamma))
+    starts = {"uniform": uniform, "gaussian": gaussian(1e-3), "zero": zero}
+    attacker = replace(attack(config, config.attack.steps), start=starts[config.attack.start])
+    losses = objective(config)
+    return Plan(
+        epochs=of.epochs,
+        batch_size=of.batch_size,
+        learning_rate=warm_up(rate, of.warmup / of.epochs) if of.warmup else rate,
+        objective=lambda t: losses,
+        attack=lambda t: None if config.objective.name == "natural" else attacker,
+        ball=lambda t: Layerwise(gamma(t)) if gamma(t) > 0 else None,
+        measure=attack(config, config.evaluation.steps),
+        steps=awp.steps,
+        step_size=awp.step_size or None,
+        alternations=awp.alternations,
+        step_inside=awp.step_inside,
+        attack_mode=config.attack.mode,
+        clean_forward=of.clean_forward == "after",
+        augment=_augmentation(config),
+        average=of.average or None,
+        measure_batch_size=config.evaluation.batch_size,
+        seed=config.seed,
+    )
+
+
+def _augmentation(config: Train) -> Any:
+    if config.data.augment == "none":
+        return as_it_is
+    padding, mode = config.data.padding, config.data.padding_mode
+    return lambda images, generator: datasets.crop_flip(images, padding=padding, mode=mode, generator=generator)

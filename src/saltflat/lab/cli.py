@@ -1,0 +1,262 @@
+"""The command line: `saltflat demo | recipes | train | evaluate | landscape | report`.
+
+Parsing and doing are apart: each command below only says what to do, as a function without arguments, so that bad
+input is one line on stderr and exit code 2 before anything was touched. torch is imported when the doing begins.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import tyro
+
+from saltflat.lab.config import Count, CountOrNone, NotNegative, Positive, Train, checked
+from saltflat.lab.recipes import RECIPES, described
+
+Job = Callable[[], None]
+Folder = Annotated[Path, tyro.conf.arg(metavar="FOLDER")]
+RunOrCheckpoint = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN|CHECKPOINT")]
+Runs = Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
+Split = Literal["test", "train", "validation"]
+
+if TYPE_CHECKING:
+    Recipe = Train
+else:
+    Recipe = Annotated[
+        tyro.extras.subcommand_type_from_defaults(
+            RECIPES, {name: described(config) for name, config in RECIPES.items()}
+        ),
+        tyro.conf.arg(name=""),
+    ]
+
+app = tyro.extras.SubcommandApp()
+
+
+@app.command
+def train(recipe: Recipe, out: Folder | None = None) -> Job:
+    """Train a network by a recipe, or go on with a run: `saltflat train --resume RUN`.
+
+    Args:
+        recipe: what to train, and how; every field can be overridden.
+        out: folder of the run, which must not exist; default runs/RECIPE-seedN.
+    """
+    config = checked(recipe)
+
+    def job() -> None:
+        from saltflat.lab import jobs
+
+        jobs.train(config, out or Path("runs") / f"{config.recipe}-seed{config.seed}")
+
+    return job
+
+
+def resume(resume: Folder) -> Job:
+    """Go on with a run from its last whole epoch, to end as if it had never stopped.
+
+    Args:
+        resume: folder of the run.
+    """
+
+    def job() -> None:
+        from saltflat.lab import jobs
+
+        jobs.resume(resume)
+
+    return job
+
+
+@app.command
+def evaluate(
+    run: RunOrCheckpoint,
+    attacks: tuple[str, ...] = ("clean", "fgsm", "pgd-20", "cw-20"),
+    checkpoint: str = "best",
+    weights: Path | None = None,
+    split: Split = "test",
+    examples: CountOrNone = 0,
+    norm: Literal["Linf", "L2"] | None = None,
+    eps: NotNegative | None = None,
+    step_size: NotNegative | None = None,
+    batch_size: Count = 256,
+    seed: CountOrNone = 0,
+    device: str = "auto",
+) -> Job:
+    """Attack a trained network, and write each example's outcome into its run folder.
+
+    Args:
+        run: a run folder, or a .safetensors file in one.
+        attacks: any of clean, fgsm, pgd-K, cw-K with K steps (cw maximises the margin by PGD).
+        checkpoint: best (on validation), or last.
+        weights: a .safetensors file to evaluate in place of the run's own.
+        split: which images.
+        examples: how many of them, stratified; 0 takes all.
+        norm: of the threat model; default the run's.
+        eps: radius of the threat model, in pixel units; default the run's.
+        step_size: of PGD and CW, in pixel units; default the run's.
+        batch_size: examples at a time.
+        seed: of the attacks' starts.
+        device: auto, cpu, cuda, or cuda:N.
+    """
+
+    def job() -> None:
+        from saltflat.lab import jobs
+
+        of = jobs.with_threat(jobs.opened(run, checkpoint, device, weights), norm, eps, step_size)
+        jobs.show_outcomes(of, jobs.evaluate(of, attacks, split, examples, batch_size, seed))
+
+    return job
+
+
+@app.command
+def landscape(
+    runs: Runs,
+    checkpoint: str = "last",
+    reach: Positive = 1.0,
+    points: Count = 21,
+    directions: Count = 1,
+    split: Split = "test",
+    examples: CountOrNone = 512,
+    steps: Count = 10,
+    batch_size: Count = 256,
+    seed: CountOrNone = 0,
+    device: str = "auto",
+) -> Job:
+    """Measure the 1-D weight loss landscape of runs, attacking afresh at every point, and draw it into a report.
+
+    Args:
+        runs: run folders.
+        checkpoint: best (on validation), or last.
+        reach: largest alpha, in units of the filter-normalised direction; the range is -reach ... reach.
+        points: alphas, an odd number, so that 0 is one of them.
+        directions: random directions, the same for all runs.
+        split: which images.
+        examples: how many of them, stratified; 0 takes all.
+        steps: of the PGD that attacks at each point; the rest of the threat model is the run's.
+        batch_size: examples at a time.
+        seed: of the first direction, and of the attacks' starts.
+        device: auto, cpu, cuda, or cuda:N.
+    """
+    if points < 3 or points % 2 == 0:
+        raise ValueError(f"points: expected an odd number >= 3, got {points}")
+
+    def job() -> None:
+        from saltflat.lab import jobs
+
+        half = points // 2
+        alphas = [reach * i / half for i in range(-half, half + 1)]
+        opened = [
+            jobs.opened(run, checkpoint, device) for run in runs
+        ]  # all are looked at before the first is measured
+        for of in opened:
+            jobs.landscape(of, alphas, directions, split, examples, steps, batch_size, seed)
+            jobs.CONSOLE.print(f"landscape of {of.folder} written", soft_wrap=True)
+        jobs.report([of.folder for of in opened], None)
+
+    return job
+
+
+@app.command
+def report(runs: Runs, out: Path | None = None) -> Job:
+    """Write one HTML page about runs: curves, gap, landscape, tables; it opens offline.
+
+    Args:
+        runs: run folders; those that differ only in their seed are averaged.
+        out: the file; default report.html in the run's folder, or beside several.
+    """
+
+    def job() -> None:
+        from saltflat.lab import jobs
+
+        jobs.report(list(runs), out)
+
+    return job
+
+
+@app.command
+def recipes() -> Job:
+    """List the named recipes."""
+
+    def job() -> None:
+        width = max(map(len, RECIPES))
+        for name, config in RECIPES.items():
+            print(f"{name:{width}}  {described(config)}")
+
+    return job
+
+
+@app.command
+def demo(out: Folder = Path("runs/demo"), seeds: Count = 3) -> Job:
+    """Train AT and AT-AWP on the bundled digits, and compare them on a page: about two minutes on two cores.
+
+    Args:
+        out: folder of its runs and of report.html; what is finished there is kept, what is missing is made.
+        seeds: trainings of each.
+    """
+
+    def job() -> None:
+        from saltflat.lab import demo
+
+        demo.run(out, seeds)
+
+    return job
+
+
+MARKERS = (tyro.conf.OmitSubcommandPrefixes, tyro.conf.AvoidSubcommands, tyro.conf.CascadeSubcommandArgs)
+
+
+def parsed(arguments: Sequence[str]) -> Job:
+    """The job that the arguments ask for. Raises ValueError of one line, or SystemExit(0) after `--help`."""
+    complaint = io.StringIO()
+    words = list(arguments) or ["--help"]
+    going_on = words[0] == "train" and any(word == "--resume" or word.startswith("--resume=") for word in words)
+    columns = os.environ.get("COLUMNS")
+    try:
+        if "--help" not in words and "-h" not in words:
+            os.environ["COLUMNS"] = "1000"  # tyro wraps what it complains of to the terminal
+        with contextlib.redirect_stderr(complaint):
+            if going_on:
+                return tyro.cli(resume, args=words[1:], prog="saltflat train", config=MARKERS)
+            job: Job = app.cli(args=words, prog="saltflat", config=MARKERS)
+            return job
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        raise ValueError(_one_line(complaint.getvalue())) from None
+    finally:
+        os.environ.pop("COLUMNS", None)
+        if columns is not None:
+            os.environ["COLUMNS"] = columns
+
+
+def _one_line(box: str) -> str:
+    """What tyro drew in a box, without the box, the help texts and the advice to read them."""
+    lines = [line.strip("│╭╰─ \n") for line in box.splitlines() if set(line.strip()) - set("│╭╰╮╯─ ")]
+    told = [line.rstrip("╮╯─ ") for line in lines[1:]]  # the first is the title
+    kept = [line for line in told if line and not line.startswith(("For full helptext", "saltflat ", "in saltflat "))]
+    text = " ".join(kept).split("Argument helptext:")[0]
+    return re.sub(r"\s+", " ", text.replace("Error parsing --", "")).strip() or "arguments that cannot be read"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """What `saltflat` runs. Exit codes: 0 done, 2 bad input, 1 something failed while working, 130 interrupted."""
+    words = sys.argv[1:] if arguments is None else arguments
+    try:
+        parsed(words)()
+    except ValueError as error:
+        print(f"saltflat: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+    except (FloatingPointError, OSError) as error:
+        print(f"saltflat: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,274 @@
+"""The config of a training run: frozen dataclasses with a unit under every field, checked before any work.
+
+A config is written to `config.yaml` and read back from it; the command line overrides single fields. Everything here
+is plain data: `build` turns it into objects, and nothing below the lab ever sees it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal
+
+import pydantic
+import tyro
+import yaml
+from pydantic import BeforeValidator, ConfigDict, Field
+
+STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+
+def number(value: object) -> float:
+    """A number, or a fraction written as text: `8/255` -> 0.03137...
+
+    >>> number("8/255") == 8 / 255, number("0.5"), number(3)
+    (True, 0.5, 3.0)
+    """
+    try:
+        if isinstance(value, str) and "/" in value:
+            numerator, denominator = value.split("/")
+            return float(numerator) / float(denominator)
+        if isinstance(value, str | int | float) and not isinstance(value, bool):
+            return float(value)
+    except (ValueError, ZeroDivisionError):
+        pass
+    raise ValueError(f"{value!r} is not a number or a fraction such as 8/255")
+
+
+def shown(value: float) -> str:
+    """A number as people write it: as a fraction of 255 if it is one.
+
+    >>> shown(8 / 255), shown(0.5)
+    ('8/255', '0.5')
+    """
+    over = round(value * 255)
+    return f"{over}/255" if 0 < over < 255 and value == over / 255 and f"{value:g}" != f"{value!r}" else f"{value:g}"
+
+
+_SPEC = tyro.constructors.PrimitiveConstructorSpec(
+    nargs=1,
+    metavar="FLOAT|A/B",
+    instance_from_str=lambda words: number(words[0]),
+    is_instance=lambda value: isinstance(value, int | float),
+    str_from_instance=lambda value: [shown(value)],
+)
+Number = Annotated[float, _SPEC, BeforeValidator(number)]
+Positive = Annotated[Number, Field(gt=0)]
+NotNegative = Annotated[Number, Field(ge=0)]
+Share = Annotated[Number, Field(ge=0, le=1)]
+Count = Annotated[int, Field(ge=1)]
+CountOrNone = Annotated[int, Field(ge=0)]
+
+
+@dataclass(frozen=True)
+class Data:
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+
+    name: Literal["digits", "cifar10", "cifar100", "parquet"] = "digits"
+    """Which data: the bundled digits, an official CIFAR archive, or a folder of parquet files in hub layout."""
+    path: Path | None = None
+    """The archive, the folder it unpacks to, or the folder of parquet files. The digits need none."""
+    examples: CountOrNone = 0
+    """Training examples, a stratified subset; 0 takes all that validation leaves."""
+    validation_examples: Count = 200
+    """Examples held out of the training set, stratified, to choose the best epoch on."""
+    augment: Literal["none", "crop-flip"] = "none"
+    """Random crop of the padded image and horizontal flip, or nothing."""
+    padding: CountOrNone = 4
+    """Pixels on each side before the crop."""
+    padding_mode: Literal["zero", "reflect"] = "zero"
+    """What the padding holds."""
+
+
+@dataclass(frozen=True)
+class Model:
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+
+    name: Literal["small-cnn", "mlp", "small-resnet", "preact-resnet18", "wide-resnet"] = "small-cnn"
+    """Which network."""
+    width: CountOrNone = 0
+    """Channels of the first stage (small-cnn, small-resnet) or units of a hidden layer (mlp); 0 takes the network's
+    default.
+    """
+    depth: Count = 34
+    """Layers (wide-resnet only)."""
+    widen_factor: Count = 10
+    """Times 16 channels (wide-resnet only)."""
+    mean: tuple[Number, ...] = ()
+    """Subtracted from the input inside the network, per channel, in pixel units; none leaves it as it is."""
+    std: tuple[Positive, ...] = ()
+    """What the input is divided by then, per channel, in pixel units."""
+
+
+@dataclass(frozen=True)
+class Objective:
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+
+    name: Literal["natural", "at", "trades", "mart"] = "at"
+    """What training minimises."""
+    beta: NotNegative = 6.0
+    """Weight of the divergence in TRADES and MART; no unit."""
+
+
+@dataclass(frozen=True)
+class Attack:
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+
+    norm: Literal["Linf", "L2"] = "Linf"
+    """Norm of the threat model."""
+    eps: NotNegative = 8 / 255
+    """Radius of the threat model, in pixel units (images in [0, 1])."""
+    step_size: NotNegative = 2 / 255
+    """Length of one step, in pixel units."""
+    steps: Count = 10
+    """K1, gradient evaluations."""
+    start: Literal["uniform", "gaussian", "zero"] = "uniform"
+    """Where it starts: anywhere in the ball, 0.001 N(0, 1) beside x, or at x."""
+    mode: Literal["eval", "train"] = "eval"
+    """The network's mode in it: train feeds BatchNorm's running statistics with attacked images."""
+
+
+@dataclass(frozen=True)
+class Awp:
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+
+    gamma: NotNegative = 0.0
+    """Radius of the weight perturbation, relative to the norm of each layer; 0 is none."""
+    warmup: CountOrNone = 0
+    """Epochs before it begins."""
+    steps: Count = 1
+    """K2, gradient evaluations of the weight ascent."""
+    step_size: NotNegative = 0.0
+    """eta_2, in gamma's unit; 0 takes gamma / steps."""
+    alternations: Count = 1
+    """A, rounds of input and weight ascent."""
+    step_inside: bool = False
+    """Take the optimiser's step at w + v, as the official code does; else at w."""
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+
+    epochs: Count = 60
+    """Passes over the training set."""
+    batch_size: Count = 100
+    """Examples per step."""
+    learning_rate: Positive = 0.1
+    """Highest learning rate of SGD."""
+    schedule: Literal["constant", "piecewise", "cosine", "cyclic"] = "piecewise"
+    """Its course: piecewise divides by 10 at 50 % and at 75 % of training."""
+    warmup: CountOrNone = 0
+    """Epochs of linear warm-up of the learning rate."""
+    momentum: Annotated[Number, Field(ge=0, lt=1)] = 0.9
+    """Of SGD; no unit."""
+    weight_decay: NotNegative = 5e-4
+    """On all parameters, as published."""
+    average: Annotated[Number, Field(ge=0, lt=1)] = 0.0
+    """Decay per step of the moving average of weights that is then measured and kept; 0 keeps none."""
+    clean_forward: Literal["none", "inside", "after"] = "none"
+    """An extra forward on clean images in train mode, for BatchNorm's running statistics alone: inside the loss as in
+    the official TRADES script, or after the step as in the official AT script."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+
+    steps: Count = 10
+    """Steps of the PGD that measures after every epoch; norm, eps and step size are the attack's."""
+    examples: CountOrNone = 0
+    """Training, and test, examples that are measured, stratified; 0 takes all. Validation is measured whole."""
+    batch_size: Count = 256
+    """Examples at a time."""
+
+
+@dataclass(frozen=True)
+class Train:
+    """Everything that decides what a run does."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+
+    recipe: Annotated[str, tyro.conf.Suppress] = "custom"
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    """Of the initial weights, the order, the augmentation and the attacks."""
+    device: str = "auto"
+    """auto, cpu, cuda, or cuda:N. Auto takes a GPU if there is one."""
+    threads: CountOrNone = 0
+    """CPU threads; 0 takes torch's default. Results are bit-equal for equal numbers."""
+    data: Data = field(default_factory=Data)
+    model: Model = field(default_factory=Model)
+    objective: Objective = field(default_factory=Objective)
+    attack: Attack = field(default_factory=Attack)
+    awp: Awp = field(default_factory=Awp)
+    optimizer: Optimizer = field(default_factory=Optimizer)
+    evaluation: Evaluation = field(default_factory=Evaluation)
+
+
+def checked(config: Train | dict[str, Any]) -> Train:
+    """The config, if every field holds what it may.
+
+    Raises: ValueError of one line: the field, what is allowed, and the value.
+
+    >>> checked({"awp": {"gamma": -1}})
+    Traceback (most recent call last):
+        ...
+    ValueError: awp.gamma: input should be greater than or equal to 0, got -1
+    """
+    tree = config if isinstance(config, dict) else dataclasses.asdict(config)
+    try:
+        found = pydantic.TypeAdapter(Train).validate_python(tree)
+    except pydantic.ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        place = ".".join(str(part) for part in first["loc"]) or "config"
+        message = first["msg"].removeprefix("Value error, ")
+        given = "" if repr(first["input"]) in message else f", got {first['input']!r}"
+        raise ValueError(f"{place}: {message[0].lower() + message[1:]}{given}".replace("\n", " ")) from None
+    _check_together(found)
+    return found
+
+
+def _check_together(config: Train) -> None:
+    """What no field can see alone."""
+    if config.data.name != "digits" and config.data.path is None:
+        raise ValueError(f"data.path: expected the archive or folder of {config.data.name}, got none")
+    if config.awp.alternations > 1 and config.awp.gamma == 0:
+        raise ValueError(f"awp.alternations: needs awp.gamma > 0, got {config.awp.alternations}")
+    if config.awp.warmup > 0 and config.awp.alternations > 1:
+        raise ValueError(f"awp.alternations: must be 1 with awp.warmup > 0, got {config.awp.alternations}")
+    for name, epochs in (("awp.warmup", config.awp.warmup), ("optimizer.warmup", config.optimizer.warmup)):
+        if epochs >= config.optimizer.epochs:
+            raise ValueError(f"{name}: expected fewer than optimizer.epochs ({config.optimizer.epochs}), got {epochs}")
+    if len(config.model.mean) != len(config.model.std):
+        raise ValueError(
+            f"model.std: expected as many numbers as model.mean ({len(config.model.mean)}), got {len(config.model.std)}"
+        )
+    if config.model.name == "wide-resnet" and (config.model.depth - 4) % 6:
+        raise ValueError(f"model.depth: expected 6 n + 4 for a wide-resnet, got {config.model.depth}")
+    if config.data.augment == "crop-flip" and config.data.name == "digits":
+        raise ValueError("data.augment: digits mean other things when mirrored; expected none, got 'crop-flip'")
+
+
+def as_text(config: Train) -> str:
+    """The config as YAML, with fractions of 255 written as such."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: plain(inner) for key, inner in value.items()}
+        if isinstance(value, Path):
+            return str(value)
+        return shown(value) if isinstance(value, float) and "/" in shown(value) else value
+
+    return yaml.safe_dump(plain(dataclasses.asdict(config)), sort_keys=False, allow_unicode=True)
+
+
+def from_text(text: str) -> Train:
+    """A config out of YAML; raises ValueError of one line."""
+    try:
+        tree = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"config: not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(tree, dict):
+        raise ValueError(f"config: expected fields and values, got {type(tree).__name__}")
+    return checked(tree)

@@ -1,0 +1,321 @@
+"""A figure is a pure function from arrays to SVG text.
+
+It is drawn with matplotlib's objects (no global figure, no backend) and then rewritten to stand inside a page: text
+stays text, every colour becomes a CSS variable whose fallback is the light theme's value (a page gives dark values; a
+file on its own is legible as it is), and every id carries the figure's identity, so that several figures in one page do
+not clash. Equal arrays give equal text.
+
+The series' colours are Okabe and Ito's, which colour-blind readers can tell apart, darkened until words set in them are
+readable; the series differ in dash as well. Units: accuracies in percent, losses in nats, alpha in lengths of the
+(normalised) direction.
+"""
+
+import io
+import re
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+from xml.sax.saxutils import quoteattr
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
+from numpy.typing import NDArray
+
+Array = NDArray[np.float64]
+
+INK, MUTED, GRID = "#1d2226", "#5d6770", "#e3e5e4"
+SERIES = ("#0a68a6", "#b84d00", "#00785a", "#9c4a80", "#7a6400", "#4a5058")
+DASHES: tuple[Any, ...] = ("-", (0, (6, 2)), (0, (2, 1.4)), (0, (7, 2, 2, 2)), (0, (10, 3)), (0, (1, 1)))
+VARIABLES = {INK: "--figure-ink", MUTED: "--figure-muted", GRID: "--figure-grid"} | {
+    colour: f"--series-{index}" for index, colour in enumerate(SERIES, 1)
+}
+WIDTH, HEIGHT = 460.0, 340.0  # of one panel, in CSS pixels when shown at its natural size
+SMALL, TEXT, HEADING = 11.5, 12.5, 14.5  # pixels
+
+
+@dataclass(frozen=True, eq=False)
+class SeedCurves:
+    """One run's accuracies (percent) at its epochs; `averaged`: the group's mean takes it in (a finished run)."""
+
+    epochs: Array  # (E,)
+    train_robust: Array  # (E,)
+    test_robust: Array  # (E,)
+    test_clean: Array  # (E,)
+    best_epoch: int | None
+    averaged: bool = True
+
+
+@dataclass(frozen=True, eq=False)
+class GroupCurves:
+    """The runs of one group, with a line that says what was measured, and the group's place in the page's colours."""
+
+    name: str
+    note: str
+    seeds: tuple[SeedCurves, ...]
+    series: int = 0
+
+
+@dataclass(frozen=True, eq=False)
+class GroupLandscape:
+    """One array of losses (directions, alphas) per seed."""
+
+    name: str
+    alphas: Array  # (A,)
+    losses: tuple[Array, ...]  # seeds × (D, A)
+    series: int = 0
+
+
+@dataclass(frozen=True)
+class Limits:
+    epochs: tuple[float, float]
+    accuracies: tuple[float, float]  # percent
+
+
+def shared_limits(groups: Sequence[GroupCurves]) -> Limits:
+    """Axes that hold every curve of every group, so that panels can be compared by eye."""
+    seeds = [seed for group in groups for seed in group.seeds]
+    epochs = _finite(np.concatenate([seed.epochs for seed in seeds]))
+    accuracies = _finite(np.concatenate([np.r_[s.train_robust, s.test_robust, s.test_clean] for s in seeds]))
+    low, high = (accuracies.min(), accuracies.max()) if accuracies.size else (0.0, 100.0)
+    first, last = (epochs.min(), epochs.max()) if epochs.size else (0.0, 1.0)
+    margin = 0.5 if first == last else 0.0
+    rounded = (max(0.0, 10 * np.floor((low - 1) / 10)), min(100.0, 10 * np.ceil((high + 1) / 10)))
+    return Limits((float(first - margin), float(last + margin)), (float(rounded[0]), float(rounded[1])))
+
+
+def learning_curves(group: GroupCurves, *, limits: Limits, identity: str, description: str) -> str:
+    """One panel: robust accuracy on the training subset and on test, the gap between them shaded, and clean test."""
+    with _drawing(identity):
+        figure, axes = _panel(group.name, group.note, series=group.series, right=102)
+        colour = _colour(group.series)
+        for seed in group.seeds:
+            _thin_lines(axes, seed, colour)
+        epochs, (train, test, clean) = mean_curves(group.seeds)
+        marker = "o" if len(epochs) == 1 else ""
+        axes.plot(epochs, clean, color=MUTED, linewidth=1.6, linestyle=(0, (1.2, 1.6)), marker=marker, zorder=3)
+        axes.plot(epochs, train, color=colour, linewidth=2.0, linestyle=(0, (5, 2)), marker=marker, zorder=4)
+        axes.plot(epochs, test, color=colour, linewidth=2.6, marker=marker, zorder=5)
+        axes.fill_between(epochs, test, train, color=colour, alpha=0.13, linewidth=0, zorder=2)
+        axes.set_xlim(*limits.epochs)
+        axes.set_ylim(*limits.accuracies)
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True, min_n_ticks=1))
+        axes.set_xlabel("epoch")
+        if len(epochs):
+            ends = {
+                "clean test": (clean[-1], MUTED),
+                "robust train": (train[-1], colour),
+                "robust test": (test[-1], colour),
+            }
+            _label_ends(axes, float(epochs[-1]), ends, bold="robust test")
+        return _svg(figure, identity, description)
+
+
+def landscape(groups: Sequence[GroupLandscape], *, centred: bool, note: str, identity: str, description: str) -> str:
+    """The loss along random directions, averaged over directions and seeds, with a band of one standard deviation."""
+    with _drawing(identity):
+        title, quantity = ("Centred", "g(α) − g(0)") if centred else ("As measured", "g(α)")
+        figure, axes = _panel(title, f"{quantity} in nats · {note}", right=14, legend_rows=len(groups))
+        handles = []
+        for group in groups:
+            colour, dash = _colour(group.series), DASHES[group.series % len(DASHES)]
+            curves = np.concatenate([losses - centre(group.alphas, losses) * centred for losses in group.losses])
+            mean, deviation = mean_and_deviation(curves)
+            if len(curves) > 1:
+                axes.fill_between(
+                    group.alphas, mean - deviation, mean + deviation, color=colour, alpha=0.13, linewidth=0, zorder=2
+                )
+            handles += axes.plot(group.alphas, mean, color=colour, linestyle=dash, linewidth=2.3, zorder=4)
+        axes.axvline(0.0, color=MUTED, linewidth=0.8, zorder=1)
+        axes.set_xlim(min(group.alphas.min() for group in groups), max(group.alphas.max() for group in groups))
+        axes.set_xlabel("α, in lengths of the normalised direction")
+        _legend(axes, handles, [f"{shortened(group.name, 34)} · {origin(group)}" for group in groups])
+        return _svg(figure, identity, description)
+
+
+def mean_curves(seeds: Sequence[SeedCurves]) -> tuple[Array, tuple[Array, Array, Array]]:
+    """Epochs that every averaged seed has, and the means there of train robust, test robust and test clean accuracy."""
+    averaged = [seed for seed in seeds if seed.averaged]
+    if not averaged:
+        return np.empty(0), (np.empty(0), np.empty(0), np.empty(0))
+    epochs = averaged[0].epochs
+    for seed in averaged[1:]:
+        epochs = np.intersect1d(epochs, seed.epochs)
+    kept = [np.isin(seed.epochs, epochs) for seed in averaged]
+    curves = [[seed.train_robust, seed.test_robust, seed.test_clean] for seed in averaged]
+    train, test, clean = (
+        np.mean([curve[which][keep] for curve, keep in zip(curves, kept, strict=True)], axis=0) for which in range(3)
+    )
+    return epochs, (train, test, clean)
+
+
+def centre(alphas: Array, losses: Array) -> Array:
+    """g(0) of every curve, (D, 1); ValueError where alpha = 0 was not measured."""
+    index = int(np.argmin(np.abs(alphas)))
+    if abs(alphas[index]) > 1e-9:
+        raise ValueError("alpha = 0 is not among the alphas")
+    return losses[:, index : index + 1]
+
+
+def origin(group: GroupLandscape) -> str:
+    """g(0) in words: the mean over seeds, with the sample standard deviation where there are several."""
+    values = np.array([centre(group.alphas, losses).mean() for losses in group.losses])
+    spread = f" ± {values.std(ddof=1):.3f}" if len(values) > 1 else ""
+    return f"g(0) = {values.mean():.3f}{spread}"
+
+
+def mean_and_deviation(curves: Array) -> tuple[Array, Array]:
+    """Over curves (C, A): the mean and the sample standard deviation (A,), nan wherever a curve is not finite."""
+    finite = np.where(np.isfinite(curves), curves, np.nan)
+    return finite.mean(axis=0), finite.std(axis=0, ddof=1) if len(finite) > 1 else np.zeros(finite.shape[1])
+
+
+def _thin_lines(axes: Axes, seed: SeedCurves, colour: str) -> None:
+    opacity = 0.4 if seed.averaged else 0.75  # an unfinished run has no thick line to lean on
+    for values, line in ((seed.test_clean, MUTED), (seed.train_robust, colour), (seed.test_robust, colour)):
+        axes.plot(seed.epochs, values, color=line, linewidth=0.8, alpha=opacity, zorder=2)
+    at_best = seed.epochs == seed.best_epoch
+    axes.plot(seed.epochs[at_best], seed.test_robust[at_best], "o", color=colour, markersize=5, zorder=6, clip_on=False)
+
+
+def _label_ends(axes: Axes, x: float, ends: dict[str, tuple[float, str]], *, bold: str) -> None:
+    low, high = axes.get_ylim()
+    height = axes.get_window_extent().height
+    finite = {text: value for text, (value, _) in ends.items() if np.isfinite(value)}
+    places = spread_apart(list(finite.values()), least=(high - low) * 15 / height, low=low, high=high)
+    for (text, value), place in zip(finite.items(), places, strict=True):
+        axes.annotate(
+            f"{text} {value:.1f}",
+            (x, place),
+            xytext=(7, 0),
+            textcoords="offset points",
+            verticalalignment="center",
+            annotation_clip=False,
+            color=ends[text][1],
+            fontsize=SMALL,
+            fontweight="bold" if text == bold else "normal",
+        )
+
+
+def spread_apart(values: Sequence[float], *, least: float, low: float, high: float) -> list[float]:
+    """Places near `values`, in the same order, at least `least` apart and within [low, high] as far as they fit.
+
+    >>> spread_apart([5.0, 1.0, 5.5], least=2.0, low=0.0, high=6.0)
+    [4.0, 1.0, 6.0]
+    """
+    order = sorted(range(len(values)), key=lambda index: values[index])
+    places = list(values)
+    floor = low
+    for index in order:
+        places[index] = max(values[index], floor)
+        floor = places[index] + least
+    ceiling = high
+    for index in reversed(order):
+        places[index] = min(places[index], ceiling)
+        ceiling = places[index] - least
+    return places
+
+
+def _panel(
+    title: str, note: str, *, right: float, series: int | None = None, legend_rows: int = 0
+) -> tuple[Figure, Axes]:
+    """Quiet axes under a title, a note and room for a legend; margins in pixels, the same in every panel of a kind."""
+    legend = 18 * legend_rows + (8 if legend_rows else 0)
+    top, left, bottom = 56 + legend, 44, 46
+    height = HEIGHT + legend
+    figure = Figure(figsize=(WIDTH / 72, height / 72), facecolor="none", dpi=72)
+    box = (left / WIDTH, bottom / height, (WIDTH - left - right) / WIDTH, (height - top - bottom) / height)
+    axes = figure.add_axes(box, facecolor="none")
+    axes.grid(axis="y", color=GRID, linewidth=1.0)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.spines["bottom"].set_color(MUTED)
+    axes.tick_params(colors=MUTED, labelsize=SMALL, width=0.8, length=4)
+    axes.tick_params(axis="y", length=0, pad=6)
+    axes.yaxis.set_major_locator(MaxNLocator(nbins=6, steps=[1, 2, 5, 10]))
+    axes.xaxis.label.set(color=MUTED, fontsize=SMALL)
+    colour = INK if series is None else _colour(series)
+    figure.text(4 / WIDTH, 1 - 18 / height, shortened(title, 46), fontsize=HEADING, fontweight="bold", color=colour)
+    figure.text(4 / WIDTH, 1 - 37 / height, shortened(note, 90), fontsize=SMALL, color=MUTED)
+    return figure, axes
+
+
+def _legend(axes: Axes, handles: list[Line2D], texts: list[str]) -> None:
+    legend = axes.legend(
+        handles,
+        [str(index) for index in range(len(handles))],  # a label that starts with "_" would be left out
+        loc="lower left",
+        bbox_to_anchor=(4 / WIDTH, axes.get_position().y1 + 0.035),
+        bbox_transform=axes.figure.transFigure,
+        frameon=False,
+        fontsize=TEXT,
+        handlelength=2.6,
+        labelspacing=0.35,
+        borderpad=0.0,
+        borderaxespad=0.0,
+    )
+    for entry, text in zip(legend.get_texts(), texts, strict=True):
+        entry.set(text=text, color=INK)
+
+
+def _colour(series: int) -> str:
+    return SERIES[series % len(SERIES)]
+
+
+def shortened(text: str, most: int) -> str:
+    """One printable line: control characters cannot stand in XML, and a long name would leave the figure."""
+    line = "".join(sign if sign.isprintable() else " " if sign.isspace() else "\ufffd" for sign in text)
+    return line if len(line) <= most else line[: most - 1] + "…"
+
+
+def _finite(values: Array) -> Array:
+    return values[np.isfinite(values)]
+
+
+@contextmanager
+def _drawing(identity: str) -> Iterator[None]:
+    """matplotlib's own defaults, whatever the user's matplotlibrc says; names are never read as formulas."""
+    if not re.fullmatch(r"[a-z][a-z0-9-]*", identity):
+        raise ValueError(f"identity must be lower-case letters, digits and dashes, got {identity!r}")
+    with matplotlib.rc_context(), warnings.catch_warnings():
+        matplotlib.rcdefaults()
+        matplotlib.rcParams.update(
+            {"svg.fonttype": "none", "svg.hashsalt": identity, "text.parse_math": False, "text.color": INK}
+        )
+        # The reader's browser chooses the font, so a sign that matplotlib's font lacks is no fault.
+        warnings.filterwarnings("ignore", message="Glyph .* missing from", category=UserWarning)
+        yield
+
+
+def _svg(figure: Figure, identity: str, description: str) -> str:
+    buffer = io.StringIO()
+    canvas = FigureCanvasSVG(figure)
+    canvas.print_svg(buffer, metadata={"Date": None, "Creator": None, "Format": None, "Type": None})  # type: ignore[no-untyped-call]
+    drawn = buffer.getvalue()
+    body = drawn[drawn.index(">", drawn.index("<svg")) + 1 :]
+    # The style element would restyle the whole page that the figure stands in.
+    body = re.sub(r"<!--.*?-->|<style.*?</style>", "", body, flags=re.DOTALL)
+    width, height = (72 * inches for inches in figure.get_size_inches())
+    opening = (
+        f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
+        f'viewBox="0 0 {width:g} {height:g}" width="{width:g}" height="{height:g}" id="{identity}" role="img" '
+        f'aria-label={quoteattr(shortened(description, 1000))} style="stroke-linejoin: round; stroke-linecap: butt">'
+    )
+    # Inside text, matplotlib escapes < and >, so that only real tags are rewritten.
+    return opening + re.sub(r"<[^>]*>", lambda tag: _rewritten(tag.group(), identity), body).strip()
+
+
+def _rewritten(tag: str, identity: str) -> str:
+    tag = re.sub(r'\b(id="|href="#|url\(#)', rf"\g<1>{identity}-", tag)
+    tag = re.sub(r"font-family: [^;\"]*", "font-family: var(--figure-font, sans-serif)", tag)
+    return re.sub(
+        r"(fill|stroke): (#[0-9a-f]{6})\b",
+        lambda match: f"{match[1]}: var({VARIABLES[match[2]]}, {match[2]})" if match[2] in VARIABLES else match[0],
+        tag,
+    )

@@ -1,0 +1,154 @@
+"""The run folder: what is written, when, and so that nothing is ever half there.
+
+    config.yaml  environment.json  evaluation.json    once, at the start
+    metrics.jsonl                                     a line after every epoch
+    checkpoints/last.safetensors                      weights, after every epoch
+    checkpoints/best.safetensors                      weights, after every epoch that is the best on validation so far
+    checkpoints/resume.pt                             all that `fit` needs to go on, written last
+    outcomes/*.npz *.json  landscapes/*.json          what `evaluate` and `landscape` find
+
+Every file but the metrics is written beside its place, flushed to the disk, and renamed into it. A line of metrics may
+be there without its checkpoint (killed in between); going on drops it, and the epoch is made again, equal.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from saltflat.lab.config import Train, as_text, from_text
+
+
+def create(folder: Path, config: Train, environment: dict[str, Any], evaluation: dict[str, Any]) -> None:
+    """Make the folder of a new run; ValueError if something is there already."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(
+            f"out: expected a folder that does not exist yet, got {str(folder)!r} (go on with --resume {folder})"
+        )
+    try:
+        (folder / "checkpoints").mkdir(parents=True)
+    except OSError as error:
+        raise ValueError(f"out: cannot make {str(folder)!r}: {error.strerror}") from None
+    write_json(folder / "environment.json", environment)
+    write_json(folder / "evaluation.json", evaluation)
+    write_text(folder / "config.yaml", as_text(config))  # last: a folder with a config is a run
+
+
+def read_config(folder: Path) -> Train:
+    """The config of a run; ValueError of one line if the folder is none."""
+    path = folder / "config.yaml"
+    if not path.is_file():
+        raise ValueError(f"run: expected a run folder with a config.yaml, got {str(folder)!r}")
+    try:
+        return from_text(path.read_text())
+    except (OSError, UnicodeDecodeError, ValueError) as error:
+        raise ValueError(f"run: {path}: {error}") from None
+
+
+def append_metrics(folder: Path, metrics: dict[str, Any]) -> None:
+    """One line, on the disk when this returns."""
+    with open(folder / "metrics.jsonl", "a") as file:
+        file.write(json.dumps(metrics) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """All whole lines."""
+    path, found = folder / "metrics.jsonl", []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            found.append(json.loads(line))
+        except json.JSONDecodeError:
+            break  # cut when the run was killed
+    return found
+
+
+def keep_metrics_until(folder: Path, epoch: int) -> None:
+    """Drop what was written of later epochs, and a line that was cut."""
+    kept = [line for line in read_metrics(folder) if line["epoch"] <= epoch]
+    write_text(folder / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in kept))
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A path to write to, which becomes `path` when the block is left well."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.close(handle)
+    try:
+        yield Path(name)
+        with open(name, "rb") as file:
+            os.fsync(file.fileno())
+        os.chmod(name, 0o644)  # mkstemp's files are for their owner alone
+        os.replace(name, path)
+    finally:
+        Path(name).unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    with replacing(path) as temporary:
+        temporary.write_text(text)
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    write_text(path, json.dumps(content, indent=1) + "\n")
+
+
+def digest(settings: dict[str, Any]) -> str:
+    """Eight characters for a file name: equal settings overwrite their own earlier, equal, results and nothing else."""
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
+
+
+def environment(device: str, threads: int) -> dict[str, Any]:
+    """What a number may depend on besides its config."""
+    return {
+        "saltflat": importlib.metadata.version("saltflat"),
+        "torch": importlib.metadata.version("torch"),
+        "numpy": importlib.metadata.version("numpy"),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "threads": threads,
+        "device": device,
+        "git": _git(),
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def _processor() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def _git() -> dict[str, Any] | None:
+    """Commit and dirty flag of the checkout that the package runs from, if it does."""
+    here = Path(__file__).parent
+
+    def git(*words: str) -> str:
+        return subprocess.run(
+            ["git", "-C", str(here), *words], capture_output=True, text=True, check=True
+        ).stdout.strip()
+
+    try:
+        if Path(git("rev-parse", "--show-toplevel")) / "src" / "saltflat" / "lab" != here:
+            return None  # installed into somebody else's repository
+        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain"))}
+    except (OSError, subprocess.CalledProcessError):
+        return None

@@ -1,0 +1,270 @@
+"""A run folder: what it holds, and how it is read.
+
+    config.yaml          what was asked for; a folder without it is no run
+    environment.json     the machine and the versions
+    evaluation.json      how every epoch was measured
+    metrics.jsonl        one line per epoch
+    outcomes/*.json      final evaluations, one file per checkpoint
+    landscapes/*.json    weight loss landscapes, one file per checkpoint
+
+Everything but the config may be missing or damaged: that becomes a note, and nothing is guessed in its place.
+"""
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import numpy as np
+import yaml
+from pydantic import BeforeValidator, Field, Strict, TypeAdapter
+
+from saltflat.lab.report.curves import Array, centre
+
+# What reading a file raises when its content isn't what was promised.
+DAMAGE = (OSError, ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError)
+Part = TypeVar("Part")
+
+
+def flattened(tree: Mapping[str, Any]) -> dict[str, str]:
+    """One row of text per leaf.
+
+    >>> flattened({"attack": {"steps": 10, "ball": {"radius": 0.03}}, "augment": True, "path": None})
+    {'attack.steps': '10', 'attack.ball.radius': '0.03', 'augment': 'yes', 'path': 'none'}
+    """
+    rows: dict[str, str] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict) and value:
+            rows |= {f"{key}.{inner}": text for inner, text in flattened(value).items()}
+        else:
+            rows[str(key)] = _leaf(value)
+    return rows
+
+
+def _leaf(value: object) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, list):
+        return ", ".join(map(_leaf, value)) or "none"
+    return "none" if value is None or value == {} else str(value)
+
+
+# JSON has no nan, so a writer may have put null in its place.
+Number = Annotated[float, Strict(), BeforeValidator(lambda value: math.nan if value is None else value)]
+Rows = Annotated[dict[str, str], BeforeValidator(lambda tree: flattened(tree or {}))]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One split at one epoch, at the weights w; accuracies are fractions, the loss is in nats."""
+
+    n: int
+    clean_accuracy: Number
+    robust_accuracy: Number
+    robust_loss: Number
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """One line of metrics.jsonl; times in seconds, the properties in percent and percentage points."""
+
+    number: Annotated[int, Field(alias="epoch")]
+    train: Measured
+    test: Measured
+    seconds: Number = math.nan
+    evaluation_seconds: Number = math.nan
+    skipped: int | None = 0
+    best: bool | None = False
+
+    @property
+    def clean(self) -> float:
+        """Clean accuracy on test."""
+        return 100 * self.test.clean_accuracy
+
+    @property
+    def robust(self) -> float:
+        """Robust accuracy on test."""
+        return 100 * self.test.robust_accuracy
+
+    @property
+    def robust_train(self) -> float:
+        """Robust accuracy on the training subset."""
+        return 100 * self.train.robust_accuracy
+
+    @property
+    def gap(self) -> float:
+        """Robust generalisation gap."""
+        return 100 * (self.train.robust_accuracy - self.test.robust_accuracy)
+
+    @property
+    def loss_gap(self) -> float:
+        """Robust loss on test minus that on the training subset, in nats."""
+        return self.test.robust_loss - self.train.robust_loss
+
+
+@dataclass(frozen=True)
+class Attacked:
+    """What one attack left of the accuracy; accuracy and interval are fractions."""
+
+    name: str
+    accuracy: Number
+    description: str = ""
+    interval: tuple[Number, Number] | None = None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A final evaluation: several attacks on one checkpoint."""
+
+    checkpoint: str
+    split: str
+    n: int
+    attacks: tuple[Attacked, ...]
+    settings: Rows = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False)
+class Landscape:
+    """Robust loss at w + alpha d, for several directions d."""
+
+    checkpoint: str
+    split: str
+    n: int
+    alphas: Array  # (A,), ascending
+    robust_loss: Array  # (D, A), one row per direction
+    settings: Mapping[str, str]
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """What one run folder holds; `notes` says what it lacks."""
+
+    folder: Path
+    label: str
+    seed: int
+    config: Mapping[str, str]
+    environment: Mapping[str, str]
+    evaluation: Mapping[str, str]
+    epochs: tuple[Epoch, ...]
+    outcomes: tuple[Outcome, ...]
+    landscapes: tuple[Landscape, ...]
+    notes: tuple[str, ...]
+
+    @property
+    def last(self) -> Epoch | None:
+        """The last epoch on record."""
+        return self.epochs[-1] if self.epochs else None
+
+    @property
+    def best(self) -> Epoch | None:
+        """Every epoch that beat those before it on validation was marked when written: the latest mark counts."""
+        return next((epoch for epoch in reversed(self.epochs) if epoch.best), None)
+
+    @property
+    def reached(self) -> int:
+        """Number of the last epoch on record, 0 if there is none."""
+        return self.last.number if self.last else 0
+
+
+def read_run(folder: Path) -> Run:
+    """The run in `folder`; ValueError, in one line, if it is none. Any other missing or broken part becomes a note."""
+    folder = Path(folder)
+    config = _read_config(folder)
+    notes: list[str] = []
+    return Run(
+        folder=folder,
+        label=config["recipe"],
+        seed=config["seed"],
+        config=flattened(config),
+        environment=_read_rows(folder / "environment.json", notes, "the machine and versions are unknown"),
+        evaluation=_read_rows(folder / "evaluation.json", notes, "the attack at each epoch is not stated"),
+        epochs=_read_epochs(folder / "metrics.jsonl", notes),
+        outcomes=_read_parts(folder / "outcomes", TypeAdapter(Outcome).validate_json, notes, "No final evaluation"),
+        landscapes=_read_parts(folder / "landscapes", _landscape, notes, "No weight loss landscape"),
+        notes=tuple(notes),
+    )
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    try:
+        config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+        json.dumps(config, default=str)  # a YAML file may contain itself
+    except (*DAMAGE, yaml.YAMLError) as error:
+        raise ValueError(f"{folder}: no run, config.yaml cannot be read: {' '.join(str(error).split())}") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{folder}: no run, config.yaml must hold named fields")
+    for name, kind in (("recipe", str), ("seed", int)):
+        if type(config.get(name)) is not kind:
+            raise ValueError(f"{folder}: no run, config.yaml: {name} must be {kind.__name__}, got {config.get(name)!r}")
+    return config
+
+
+def _read_rows(path: Path, notes: list[str], consequence: str) -> dict[str, str]:
+    try:
+        content = json.loads(path.read_bytes())
+        if isinstance(content, dict):
+            return flattened(content)
+        problem = "No named fields in"
+    except FileNotFoundError:
+        problem = "No"
+    except DAMAGE:
+        problem = "Unreadable"
+    notes.append(f"{problem} {path.name}: {consequence}")
+    return {}
+
+
+def _read_epochs(path: Path, notes: list[str]) -> tuple[Epoch, ...]:
+    try:
+        lines = path.read_bytes().splitlines()
+    except OSError:
+        notes.append("No metrics.jsonl: no per-epoch measurements")
+        return ()
+    epochs: dict[int, Epoch] = {}
+    read = TypeAdapter(Epoch).validate_json
+    for number, line in enumerate(lines, 1):
+        try:
+            epoch = read(line)
+        except DAMAGE:
+            last = number == len(lines)
+            damage = "The last line of metrics.jsonl is cut" if last else f"Line {number} of metrics.jsonl is damaged"
+            notes.append(f"{damage} and was skipped")
+            continue
+        if epoch.number in epochs:
+            notes.append(f"Epoch {epoch.number} stands twice in metrics.jsonl: the later line counts")
+        epochs[epoch.number] = epoch
+    if not epochs:
+        notes.append("No epoch in metrics.jsonl: no per-epoch measurements")
+    return tuple(epochs[number] for number in sorted(epochs))
+
+
+def _read_parts(folder: Path, read: Callable[[bytes], Part], notes: list[str], if_none: str) -> tuple[Part, ...]:
+    parts: list[Part] = []
+    paths = sorted(folder.glob("*.json"))
+    for path in paths:
+        try:
+            parts.append(read(path.read_bytes()))
+        except DAMAGE:
+            notes.append(f"A damaged file was skipped: {folder.name}/{path.name}")
+    if not paths:
+        notes.append(if_none)
+    return tuple(parts)
+
+
+def _landscape(text: bytes) -> Landscape:
+    record = json.loads(text)
+    alphas = np.array(record["alphas"], dtype=float)
+    losses = np.array([curve["robust_loss"] for curve in record["curves"]], dtype=float)
+    if losses.ndim != 2 or losses.shape[1] != len(alphas) or len(alphas) < 2 or not np.isfinite(alphas).all():
+        raise ValueError("curves and alphas do not fit")
+    centre(alphas, losses)  # refuses a landscape without alpha = 0
+    order = np.argsort(alphas)
+    return Landscape(
+        checkpoint=str(record["checkpoint"]),
+        split=str(record["split"]),
+        n=int(record["n"]),
+        alphas=alphas[order],
+        robust_loss=losses[:, order],
+        settings=flattened(record.get("settings") or {}),
+    )

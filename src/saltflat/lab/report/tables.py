@@ -1,0 +1,214 @@
+"""Tables of numbers: one body of rows per group, and every mean with its spread."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from saltflat.lab.report.figures import shortened
+from saltflat.lab.report.groups import Group, measured
+from saltflat.lab.report.notation import MISSING, decimal
+from saltflat.lab.report.runs import Attacked, Epoch, Run
+from saltflat.lab.report.statistics import Spread, at, best, drop, finite, last, over_seeds
+from saltflat.lab.report.words import machine_caption, measurement_caption
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A mean and its spread as text; `detail`, on hover, has the value of each seed."""
+
+    mean: str
+    spread: str = ""
+    detail: str = ""
+
+
+@dataclass(frozen=True)
+class Column:
+    """A heading; `term` is a key of the page's definitions, `title` shows on hover."""
+
+    text: str
+    unit: str = ""
+    term: str = ""
+    title: str = ""
+
+
+@dataclass(frozen=True)
+class Row:
+    """Cells under the columns, after a label that says which row of its group it is."""
+
+    label: str
+    cells: tuple[Cell, ...]
+
+
+@dataclass(frozen=True)
+class Body:
+    """The rows of one group."""
+
+    name: str
+    series: int
+    rows: tuple[Row, ...]
+
+
+@dataclass(frozen=True)
+class Table:
+    """What the page shows as one table; `row_labels` heads the labels of the rows, where they have any."""
+
+    label: str
+    caption: str
+    columns: tuple[Column, ...]
+    bodies: tuple[Body, ...]
+    row_labels: Column | None = None
+
+
+MEASURES: tuple[tuple[Column, Callable[[Epoch], float], int], ...] = (  # heading, value, decimal places
+    (Column("epoch"), lambda epoch: epoch.number, 0),
+    (Column("clean", "test, %", "clean"), lambda epoch: epoch.clean, 2),
+    (Column("robust", "test, %", "robust"), lambda epoch: epoch.robust, 2),
+    (Column("robust", "training subset, %", "train"), lambda epoch: epoch.robust_train, 2),
+    (Column("gap", "points", "gap"), lambda epoch: epoch.gap, 2),
+    (Column("gap in loss", "nats", "loss-gap"), lambda epoch: epoch.loss_gap, 3),
+)
+MEASURED = tuple(column for column, _, _ in MEASURES)
+SEEDS = Column("n", "seeds", "seeds")
+WEIGHTS = Column("weights", "", "checkpoint")
+DROP = Column("drop", "best to last, points", "drop")
+
+
+def accuracy_table(groups: Sequence[Group]) -> Table:
+    """Best and last checkpoint of every group, over its finished runs."""
+
+    def row(runs: Sequence[Run], label: str, pick: Callable[[Run], Epoch | None]) -> Row:
+        spreads = [(over_seeds(runs, at(pick, quantity)), places) for _, quantity, places in MEASURES]
+        dropped = _cell(over_seeds(runs, drop)) if pick is last else Cell("")
+        n_robust = spreads[2][0].n
+        return Row(label, (Cell(str(n_robust)), *(_cell(*spread) for spread in spreads), dropped))
+
+    return Table(
+        label="Accuracies at the best and the last epoch",
+        caption=f"Mean ± sample standard deviation over seeds. {measurement_caption(groups)}",
+        columns=(SEEDS, *MEASURED, DROP),
+        bodies=_bodies(measured(groups), lambda group: [row(group.finished, p.__name__, p) for p in (best, last)]),
+        row_labels=WEIGHTS,
+    )
+
+
+def seeds_table(groups: Sequence[Group]) -> Table:
+    """The last epoch of every run by itself, so that nothing hides behind a mean."""
+
+    def row(run: Run) -> Row:
+        values = [decimal(at(last, quantity)(run), places) for _, quantity, places in MEASURES]
+        ends = [decimal(run.best and run.best.robust), decimal(drop(run))]
+        return Row(str(run.seed), tuple(map(Cell, values + ends)))
+
+    return Table(
+        label="The last epoch of every run",
+        caption="The last epoch that each run recorded, unfinished runs included.",
+        columns=(*MEASURED, Column("robust at best", "test, %", "checkpoint"), DROP),
+        bodies=_bodies(groups, lambda group: [row(run) for run in group.runs if run.epochs]),
+        row_labels=Column("seed"),
+    )
+
+
+def outcome_table(groups: Sequence[Group]) -> Table:
+    """Final evaluations: one row per group and checkpoint, one column per attack and its exact description."""
+    found = [outcome for group in groups for run in group.finished for outcome in run.outcomes]
+    attacks = list(dict.fromkeys((one.name, one.description) for outcome in found for one in outcome.attacks))
+    settings = dict.fromkeys(
+        "; ".join(f"{key}: {value}" for key, value in outcome.settings.items()) for outcome in found if outcome.settings
+    )
+
+    def rows(group: Group) -> list[Row]:
+        # Averaged only over the same checkpoint, split and number of images.
+        places: dict[tuple[str, str, int], dict[int, list[Attacked]]] = {}
+        for run in group.finished:
+            for outcome in run.outcomes:
+                by_seed = places.setdefault((outcome.checkpoint, outcome.split, outcome.n), {})
+                by_seed.setdefault(run.seed, []).extend(outcome.attacks)
+        return [row(*place, by_seed) for place, by_seed in places.items()]
+
+    def row(checkpoint: str, split: str, n: int, by_seed: Mapping[int, Sequence[Attacked]]) -> Row:
+        cells = [
+            _outcome_cell({s: one for s, ones in by_seed.items() for one in ones if (one.name, one.description) == key})
+            for key in attacks
+        ]
+        return Row(checkpoint, (Cell(str(len(by_seed))), Cell(f"{n} {split}"), *cells))
+
+    return Table(
+        label="Final evaluation",
+        caption="Accuracy in percent, mean ± sample standard deviation over seeds; where one run stands alone, "
+        "its 95 % interval in brackets. " + " ".join(f"Settings: {text}." for text in settings),
+        columns=(
+            SEEDS,
+            Column("images"),
+            *(Column(name, "%", "clean" if name == "clean" else "robust", text) for name, text in attacks),
+        ),
+        bodies=_bodies(groups, rows),
+        row_labels=WEIGHTS,
+    )
+
+
+def cost_table(groups: Sequence[Group]) -> Table:
+    """Seconds per epoch and minutes per run, over finished runs; `relative` is to the first group."""
+    groups = measured(groups)
+
+    def row(group: Group) -> Row:
+        training = over_seeds(group.finished, _training_seconds)
+        reference = over_seeds(groups[0].finished, _training_seconds).mean
+        relative = training.mean / reference if reference > 0 else math.nan
+        cells = (
+            Cell(str(training.n)),
+            Cell(str(group.last_epoch)),
+            _cell(training),
+            Cell(decimal(relative) + ("×" if math.isfinite(relative) else "")),
+            _cell(over_seeds(group.finished, _evaluation_seconds)),
+            _cell(over_seeds(group.finished, _total_minutes)),
+        )
+        return Row("", cells)
+
+    return Table(
+        label="Cost",
+        caption=f"Mean ± sample standard deviation over seeds. {machine_caption(groups)}",
+        columns=(
+            SEEDS,
+            Column("epochs"),
+            Column("training", "s per epoch", "seconds"),
+            Column("relative", f"to {shortened(groups[0].name, 24)}" if groups else ""),
+            Column("evaluation", "s per epoch", "seconds"),
+            Column("total", "min per run"),
+        ),
+        bodies=_bodies(groups, lambda group: [row(group)]),
+    )
+
+
+def _training_seconds(run: Run) -> float:
+    return float(np.mean([epoch.seconds for epoch in run.epochs]))
+
+
+def _evaluation_seconds(run: Run) -> float:
+    return float(np.mean([epoch.evaluation_seconds for epoch in run.epochs]))
+
+
+def _total_minutes(run: Run) -> float:
+    return sum(epoch.seconds + epoch.evaluation_seconds for epoch in run.epochs) / 60
+
+
+def _bodies(groups: Sequence[Group], rows_of: Callable[[Group], Sequence[Row]]) -> tuple[Body, ...]:
+    bodies = (Body(group.name, group.series, tuple(rows_of(group))) for group in groups)
+    return tuple(body for body in bodies if body.rows)
+
+
+def _cell(spread: Spread, places: int = 2) -> Cell:
+    if not spread.n:
+        return Cell(MISSING)
+    detail = ", ".join(f"seed {seed}: {decimal(value, places)}" for seed, value in spread.by_seed.items())
+    spreads = spread.n > 1 and (places > 0 or spread.deviation > 0)  # epochs are counts: 30 ± 0 says no more than 30
+    return Cell(decimal(spread.mean, places), f"± {decimal(spread.deviation, places)}" if spreads else "", detail)
+
+
+def _outcome_cell(by_seed: Mapping[int, Attacked]) -> Cell:
+    shown = _cell(finite({seed: 100 * one.accuracy for seed, one in by_seed.items()}))
+    intervals = [one.interval for one in by_seed.values()]
+    if len(intervals) == 1 and intervals[0]:
+        return Cell(shown.mean, "[" + ", ".join(decimal(100 * end) for end in intervals[0]) + "]", shown.detail)
+    return shown
