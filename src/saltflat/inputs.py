@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -22,6 +23,12 @@ from saltflat.objectives import Value
 from saltflat.random import Generator, normal
 
 Start = Callable[[InputBall, Tensor, Generator], Tensor]
+
+
+class InputAdversary(Protocol):
+    """What a training step needs to know of an attack: `PGD`, or any function that is called like one."""
+
+    def __call__(self, f: Value, x: Tensor, *, start: Tensor | None = None, generator: Generator = None) -> Tensor: ...
 
 
 def zero(ball: InputBall, x: Tensor, generator: Generator = None) -> Tensor:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from saltflat.balls import WeightBall, Weights
-from saltflat.inputs import PGD
+from saltflat.inputs import InputAdversary
 from saltflat.objectives import Objective
 from saltflat.random import Generator
 from saltflat.weights import Where, default, displaced, perturbed
@@ -52,7 +52,7 @@ def double_perturbation_step(
     y: Tensor,
     *,
     objective: Objective,
-    attack: PGD | None,
+    attack: InputAdversary | None,
     ball: WeightBall | None,
     optimizer: torch.optim.Optimizer,
     attack_mode: Mode = "eval",
@@ -69,7 +69,7 @@ def double_perturbation_step(
         model: in the mode to train in; that is its mode in every forward but the attack's.
         x, y: a batch. With `attack=None`, x may be whatever the model takes.
         objective: `AT()`, `TRADES(6.0)`, `MART(6.0)`, or any pair of `inner` and `outer`.
-        attack: the input adversary (K1 is its `steps`), or None to leave x alone.
+        attack: the input adversary, `PGD(...)` (K1 is its `steps`), or None to leave x alone.
         ball: the weight adversary's, `Layerwise(gamma)`; None or radius 0 skips the ascent.
         optimizer: stepped once; its gradients are cleared first and left for inspection.
         attack_mode: "eval", the attack sees running BatchNorm statistics and changes none; "train", batch statistics,
@@ -85,7 +85,7 @@ def double_perturbation_step(
 
     Costs for AT with K2 = A = 1: K1 forwards and input gradients, then 2 forwards and weight gradients.
 
-    >>> from saltflat import AT, Layerwise, Linf
+    >>> from saltflat import AT, PGD, Layerwise, Linf
     >>> model = nn.Linear(4, 2)
     >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     >>> step = double_perturbation_step(model, torch.rand(8, 4), torch.arange(8) % 2, objective=AT(),

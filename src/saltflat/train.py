@@ -23,7 +23,7 @@ from saltflat.averaging import ema
 from saltflat.balls import WeightBall
 from saltflat.data.images import Images, to_float
 from saltflat.evaluation import outcomes
-from saltflat.inputs import PGD
+from saltflat.inputs import PGD, InputAdversary
 from saltflat.objectives import Objective
 from saltflat.random import derived_seed, seeded
 from saltflat.schedules import Schedule
@@ -63,7 +63,7 @@ class Plan:
     batch_size: int
     learning_rate: Schedule
     objective: Callable[[float], Objective]
-    attack: Callable[[float], PGD | None]
+    attack: Callable[[float], InputAdversary | None]
     ball: Callable[[float], WeightBall | None]
     measure: PGD
     steps: int = 1

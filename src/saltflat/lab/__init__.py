@@ -1,1 +1,1 @@
-"""The laboratory: configs, run folders, reports and the command line, on top of the library. Nothing below imports it."""
+"""The laboratory: configs, run folders, reports, and the command line. Nothing below imports it."""

@@ -17,7 +17,7 @@ from saltflat.data import Images, Splits
 from saltflat.inputs import PGD, gaussian, uniform, zero
 from saltflat.lab.config import Train, shown
 from saltflat.objectives import AT, MART, TRADES, Natural, Objective, Value
-from saltflat.random import derived_seed
+from saltflat.random import Generator, derived_seed
 from saltflat.schedules import constant, cosine, cyclic, from_progress, piecewise, warm_up
 from saltflat.train import Plan, as_it_is
 
@@ -159,6 +159,19 @@ class CleanForwardToo:
         return value
 
 
+@dataclass(frozen=True)
+class FinalForwardToo:
+    """AWP official (AT): the attack looks at its result once more; only running statistics in train mode notice."""
+
+    attack: PGD
+
+    def __call__(self, f: Value, x: Tensor, *, start: Tensor | None = None, generator: Generator = None) -> Tensor:
+        x_adv = self.attack(f, x, start=start, generator=generator)
+        with torch.no_grad():
+            f(x_adv)
+        return x_adv
+
+
 def plan(config: Train) -> Plan:
     """What `fit` does."""
     of, awp = config.optimizer, config.awp
@@ -170,7 +183,8 @@ def plan(config: Train) -> Plan:
     }[of.schedule]
     gamma = from_progress(awp.warmup / of.epochs, constant(awp.gamma))
     starts = {"uniform": uniform, "gaussian": gaussian(1e-3), "zero": zero}
-    attacker = replace(attack(config, config.attack.steps), start=starts[config.attack.start])
+    pgd = replace(attack(config, config.attack.steps), start=starts[config.attack.start])
+    attacker = FinalForwardToo(pgd) if config.attack.final_forward else pgd
     losses = objective(config)
     return Plan(
         epochs=of.epochs,

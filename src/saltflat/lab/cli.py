@@ -12,6 +12,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Sequence
+from itertools import dropwhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -142,6 +143,7 @@ def landscape(
         seed: of the first direction, and of the attacks' starts.
         device: auto, cpu, cuda, or cuda:N.
     """
+    _check_runs(runs)
     if points < 3 or points % 2 == 0:
         raise ValueError(f"points: expected an odd number >= 3, got {points}")
 
@@ -169,6 +171,7 @@ def report(runs: Runs, out: Path | None = None) -> Job:
         runs: run folders; those that differ only in their seed are averaged.
         out: the file; default report.html in the run's folder, or beside several.
     """
+    _check_runs(runs)
 
     def job() -> None:
         from saltflat.lab import jobs
@@ -207,6 +210,11 @@ def demo(out: Folder = Path("runs/demo"), seeds: Count = 3) -> Job:
     return job
 
 
+def _check_runs(runs: Sequence[Path]) -> None:
+    if not runs:
+        raise ValueError("runs: expected at least one run folder, got none")
+
+
 MARKERS = (tyro.conf.OmitSubcommandPrefixes, tyro.conf.AvoidSubcommands, tyro.conf.CascadeSubcommandArgs)
 
 
@@ -234,13 +242,23 @@ def parsed(arguments: Sequence[str]) -> Job:
             os.environ["COLUMNS"] = columns
 
 
+RULES = ("───", "---")
+
+
 def _one_line(box: str) -> str:
-    """What tyro drew in a box, without the box, the help texts and the advice to read them."""
-    lines = [line.strip("│╭╰─ \n") for line in box.splitlines() if set(line.strip()) - set("│╭╰╮╯─ ")]
-    told = [line.rstrip("╮╯─ ") for line in lines[1:]]  # the first is the title
-    kept = [line for line in told if line and not line.startswith(("For full helptext", "saltflat ", "in saltflat "))]
-    text = " ".join(kept).split("Argument helptext:")[0]
-    return re.sub(r"\s+", " ", text.replace("Error parsing --", "")).strip() or "arguments that cannot be read"
+    """What tyro drew in a box: the complaint itself, and the names that it suggests instead."""
+    lines = [line.strip("│╭╰╮╯ ") for line in box.splitlines()][1:]  # the first is a title
+    inside = list(dropwhile(lambda line: not line or line.startswith(RULES), lines))
+    rule = next((i for i, line in enumerate(inside) if line.startswith(RULES)), len(inside))
+    complaint = " ".join(inside[:rule]).replace("Error parsing --", "")
+    complaint = re.sub(r"invalid literal for int\(\) with base 10:", "expected a whole number, got", complaint)
+    rest = " ".join(line for line in inside[rule:] if not line.startswith((*RULES, "For full helptext", "in saltflat")))
+    if "Available subcommands" in rest:
+        return f"{complaint}; {rest[0].lower() + rest[1:]}"
+    if "Perhaps you meant" in rest:
+        meant = dict.fromkeys(re.findall(r"--[a-z][\w.-]*", rest))
+        return f"{complaint}; perhaps you meant {' or '.join(meant)}"
+    return complaint or "arguments that cannot be read"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -127,6 +127,9 @@ class Attack:
     """Where it starts: anywhere in the ball, 0.001 N(0, 1) beside x, or at x."""
     mode: Literal["eval", "train"] = "eval"
     """The network's mode in it: train feeds BatchNorm's running statistics with attacked images."""
+    final_forward: bool = False
+    """Run the network once more on the finished attack, as the official AT script does to compare restarts. In train
+    mode that feeds the running statistics, too."""
 
 
 @dataclass(frozen=True)

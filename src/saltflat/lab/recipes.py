@@ -11,6 +11,7 @@ which is what we hold to be right, does not:
     attack.mode = train (AT)                   The attack sees batch statistics and feeds the running ones, so that
                                                three quarters of those come from unfinished attacks.
     awp.step_inside = true                     The optimiser steps at w + v: weight decay acts on w + v, not on w.
+    attack.final_forward = true (AT)           One forward more in the attack, which feeds them as well.
     optimizer.clean_forward = after (AT)       A forward on clean images, made for the log, feeds the running
                                                statistics.
     optimizer.clean_forward = inside (TRADES)  The clean logits are computed twice in the loss.
@@ -33,8 +34,8 @@ DIGITS = Train(
     data=Data(examples=400, validation_examples=200),
     model=Model("small-cnn", width=24),
     attack=Attack(eps=0.15, step_size=0.0375),
-    optimizer=Optimizer(epochs=60, batch_size=50, learning_rate=0.1),
-    evaluation=Evaluation(examples=400),
+    optimizer=Optimizer(epochs=40, batch_size=50, learning_rate=0.1),
+    evaluation=Evaluation(examples=300, batch_size=512),
 )
 
 CIFAR = Train(
@@ -79,7 +80,7 @@ def official(config: Train) -> Train:
         config,
         recipe=f"{config.recipe}-official",
         data=replace(config.data, padding_mode="reflect" if at and config.data.name == "cifar10" else "zero"),
-        attack=replace(config.attack, mode="train" if at else "eval"),
+        attack=replace(config.attack, mode="train" if at else "eval", final_forward=at),
         awp=replace(config.awp, step_inside=True),
         optimizer=replace(config.optimizer, clean_forward="after" if at else "inside"),
     )

@@ -53,6 +53,12 @@ class GroupLandscape:
         """All curves of all seeds, g(alpha) − g(0)."""
         return self.curves - centre(self.alphas, self.curves)
 
+    @property
+    def origin(self) -> str:
+        """g(0) in words: the mean over seeds, with the sample standard deviation where there are several."""
+        values = np.array([centre(self.alphas, losses).mean() for losses in self.losses])
+        return f"g(0) = {values.mean():.3f}" + (f" ± {values.std(ddof=1):.3f}" if len(values) > 1 else "")
+
 
 def mean_curves(seeds: Sequence[SeedCurves]) -> tuple[Array, tuple[Array, Array, Array]]:
     """Epochs that every averaged seed has, and the means there of train robust, test robust and test clean accuracy."""
@@ -82,10 +88,3 @@ def mean_and_deviation(curves: Array) -> tuple[Array, Array]:
     """Over curves (C, A): the mean and the sample standard deviation (A,), nan wherever a curve is not finite."""
     finite = np.where(np.isfinite(curves), curves, np.nan)
     return finite.mean(axis=0), finite.std(axis=0, ddof=1) if len(finite) > 1 else np.zeros(finite.shape[1])
-
-
-def origin(group: GroupLandscape) -> str:
-    """g(0) in words: the mean over seeds, with the sample standard deviation where there are several."""
-    values = np.array([centre(group.alphas, losses).mean() for losses in group.losses])
-    spread = f" ± {values.std(ddof=1):.3f}" if len(values) > 1 else ""
-    return f"g(0) = {values.mean():.3f}{spread}"

@@ -1,8 +1,6 @@
-"""How a number, a spread and a count are written: a true minus sign, and no line break before a unit."""
+"""How numbers are written: with a true minus sign, and a dash where there is none."""
 
 import math
-
-from saltflat.lab.report.statistics import Spread
 
 MISSING = "–"
 UNBROKEN = "\N{NO-BREAK SPACE}"  # keeps a number, its spread and its unit on one line
@@ -19,28 +17,9 @@ def decimal(value: float | None, places: int = 2) -> str:
     return f"{round(value, places) + 0.0:.{places}f}".replace("-", "−")
 
 
-def percent(fraction: float) -> str:
-    """
-    >>> percent(0.25).replace(UNBROKEN, " ")
-    '25 %'
-    """
-    return f"{100 * fraction:.3g}{UNBROKEN}%"
-
-
 def counted(n: int, noun: str) -> str:
     """
     >>> counted(1, "seed"), counted(3, "seed")
     ('1 seed', '3 seeds')
     """
     return f"{n} {noun}{'' if n == 1 else 's'}"
-
-
-def spread_out(spread: Spread, *, signed: bool = False) -> str:
-    """Mean ± deviation; the mean alone where one seed stands behind it.
-
-    >>> spread_out(Spread({0: 1.0, 1: 3.0}), signed=True).replace(UNBROKEN, " ")
-    '+2.00 ± 1.41'
-    """
-    mean = decimal(spread.mean)
-    plus = "+" if signed and spread.mean != 0 and not mean.startswith("−") else ""
-    return f"{plus}{mean}" + (f"{UNBROKEN}±{UNBROKEN}{decimal(spread.deviation)}" if spread.n > 1 else "")

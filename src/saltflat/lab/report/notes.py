@@ -4,9 +4,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from saltflat.lab.report.groups import Group, measured, runs_of
 from saltflat.lab.report.notation import counted
 from saltflat.lab.report.runs import Run
+from saltflat.lab.report.statistics import Group, measured, runs_of
 
 # Facts that should be equal in all runs that are compared, and what to say if they aren't.
 SHARED_EVALUATION = {
@@ -44,45 +44,34 @@ def notes(groups: Sequence[Group], given: int) -> list[Note]:
 
 
 def _remarks(group: Group, run: Run) -> list[str]:
-    if not run.epochs:
-        return _uncommitted(run)
-    planned = [int(text) for key, text in run.config.items() if key.rpartition(".")[2] == "epochs" and text.isdigit()]
+    unfinished = bool(run.epochs) and run not in group.finished
+    planned = run.config.get("optimizer.epochs", "")
     skipped = sum(epoch.skipped or 0 for epoch in run.epochs)
     losses = [loss for epoch in run.epochs for loss in (epoch.train.robust_loss, epoch.test.robust_loss)]
-    remarks = []
-    if run not in group.finished:
-        remarks.append(
-            f"Stopped after epoch {run.reached} of {group.last_epoch}: drawn as thin lines and left out of all means"
-        )
-    elif len(planned) == 1 and run.reached < planned[0]:
-        remarks.append(f"Stopped after epoch {run.reached} of {planned[0]}")
-    if not run.best:
-        remarks.append("No epoch was chosen on a validation split: there is no best")
-    if not all(map(math.isfinite, losses)):
-        remarks.append("A robust loss is not finite")
-    if skipped:
-        tensors = counted(skipped, "weight tensor")
-        remarks.append(f"{tensors} had no usable ascent gradient and stayed unperturbed for a step")
-    return remarks + _uncommitted(run)
-
-
-def _uncommitted(run: Run) -> list[str]:
-    return ["The working tree had uncommitted changes"] if run.environment.get("git.dirty") == "yes" else []
+    end = f"Stopped after epoch {run.reached} of"
+    tensors = counted(skipped, "weight tensor")
+    remarks = {
+        f"{end} {group.last_epoch}: drawn as thin lines and left out of all means": unfinished,
+        f"{end} {planned}": planned.isdigit() and 0 < run.reached < int(planned) and not unfinished,
+        "No epoch was chosen on a validation split: there is no best": run.epochs and not run.best,
+        "A robust loss is not finite": not all(map(math.isfinite, losses)),
+        f"{tensors} had no usable ascent gradient and stayed unperturbed for a step": skipped,
+        "The working tree had uncommitted changes": run.environment.get("git.dirty") == "yes",
+    }
+    return [text for text, holds in remarks.items() if holds]
 
 
 def _comparability(groups: Sequence[Group], given: int) -> list[str]:
     runs = runs_of(groups)
-    ends = {group.name: group.last_epoch for group in measured(groups)}
-    remarks = []
-    if given > len(runs):
-        left_out = counted(given - len(runs), "run")
-        remarks.append(f"{left_out} of equal configuration and seed left out: the first given counts")
-    if len(set(ends.values())) > 1:
-        listed = ", ".join(f"{name} at epoch {end}" for name, end in ends.items())
-        remarks.append(f"The groups end at different epochs: {listed}")
-    for facts, texts in (
-        ([run.evaluation for run in runs], SHARED_EVALUATION),
-        ([run.environment for run in runs], SHARED_ENVIRONMENT),
-    ):
-        remarks += [text for key, text in texts.items() if len({fact[key] for fact in facts if key in fact}) > 1]
-    return remarks
+    left_out = counted(given - len(runs), "run")
+    ends = [(group.name, group.last_epoch) for group in measured(groups)]
+    listed = ", ".join(f"{name} at epoch {end}" for name, end in ends)
+    remarks = {
+        f"{left_out} of equal configuration and seed left out: the first given counts": given > len(runs),
+        f"The groups end at different epochs: {listed}": len({end for _, end in ends}) > 1,
+    }
+    for key, text in SHARED_EVALUATION.items():
+        remarks[text] = len({run.evaluation[key] for run in runs if key in run.evaluation}) > 1
+    for key, text in SHARED_ENVIRONMENT.items():
+        remarks[text] = len({run.environment[key] for run in runs if key in run.environment}) > 1
+    return [text for text, holds in remarks.items() if holds]

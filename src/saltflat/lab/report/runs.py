@@ -4,8 +4,8 @@
     environment.json     the machine and the versions
     evaluation.json      how every epoch was measured
     metrics.jsonl        one line per epoch
-    outcomes/*.json      final evaluations, one file per checkpoint
-    landscapes/*.json    weight loss landscapes, one file per checkpoint
+    outcomes/*.json      final evaluations
+    landscapes/*.json    weight loss landscapes
 
 Everything but the config may be missing or damaged: that becomes a note, and nothing is guessed in its place.
 """
@@ -260,11 +260,5 @@ def _landscape(text: bytes) -> Landscape:
         raise ValueError("curves and alphas do not fit")
     centre(alphas, losses)  # refuses a landscape without alpha = 0
     order = np.argsort(alphas)
-    return Landscape(
-        checkpoint=str(record["checkpoint"]),
-        split=str(record["split"]),
-        n=int(record["n"]),
-        alphas=alphas[order],
-        robust_loss=losses[:, order],
-        settings=flattened(record.get("settings") or {}),
-    )
+    place = (str(record["checkpoint"]), str(record["split"]), int(record["n"]))
+    return Landscape(*place, alphas[order], losses[:, order], flattened(record.get("settings") or {}))

@@ -3,9 +3,9 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from saltflat.lab.report.groups import Group, differing
 from saltflat.lab.report.notation import MISSING
 from saltflat.lab.report.runs import Run
+from saltflat.lab.report.statistics import Group, differing
 
 
 @dataclass(frozen=True)

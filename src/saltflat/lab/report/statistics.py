@@ -1,19 +1,84 @@
-"""Statistics over seeds: values by seed, their mean and sample standard deviation, and differences seed by seed."""
+"""Statistics over seeds: runs that differ only in their seed form a group, and groups are compared seed by seed.
+
+Spread is always the sample standard deviation over seeds.
+"""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
+from saltflat.lab.report.notation import MISSING
 from saltflat.lab.report.runs import Epoch, Run
+
+# Fields of a config that say where or how often a run was made and not by which method: they never split a group.
+NOT_THE_METHOD = frozenset({"seed", "device", "threads", "workers"})
+
+
+@dataclass(frozen=True, eq=False)
+class Group:
+    """Runs that differ only in seed, in the order of their seeds; `series` is their place in the page's colours."""
+
+    name: str
+    runs: tuple[Run, ...]
+    series: int
+
+    @property
+    def last_epoch(self) -> int:
+        """The last epoch of the longest run, 0 if nothing was measured."""
+        return max(run.reached for run in self.runs)
+
+    @property
+    def finished(self) -> tuple[Run, ...]:
+        """The runs that came as far as the group's longest: numbers from different epochs are never averaged."""
+        return tuple(run for run in self.runs if run.reached == self.last_epoch)
+
+
+def grouped(runs: Sequence[Run]) -> list[Group]:
+    """Groups in the order of their first runs; of two runs with equal method and seed the first counts."""
+    members: dict[tuple[str, frozenset[tuple[str, str]]], dict[int, Run]] = {}
+    for run in runs:
+        members.setdefault((run.label, frozenset(_method(run).items())), {}).setdefault(run.seed, run)
+    groups = [tuple(by_seed[seed] for seed in sorted(by_seed)) for by_seed in members.values()]
+    firsts = [own[0] for own in groups]
+    return [Group(_name(own[0], firsts), own, series) for series, own in enumerate(groups)]
+
+
+def _method(run: Run) -> dict[str, str]:
+    return {key: value for key, value in run.config.items() if key.rpartition(".")[2] not in NOT_THE_METHOD}
+
+
+def _name(run: Run, others: Sequence[Run]) -> str:
+    """The recipe's name, and where several groups share it, the fields in which they differ."""
+    fields = differing([_method(other) for other in others if other.label == run.label])
+    if not fields:
+        return run.label
+    shown = ", ".join(f"{key} {run.config.get(key, MISSING)}" for key in fields[:3])
+    return f"{run.label} ({shown}{', …' if len(fields) > 3 else ''})"
+
+
+def differing(tables: Sequence[Mapping[str, str]]) -> list[str]:
+    """Keys whose values are not the same in all tables, in the order of first appearance."""
+    keys = dict.fromkeys(key for table in tables for key in table)
+    return [key for key in keys if len({table.get(key) for table in tables}) > 1]
+
+
+def runs_of(groups: Sequence[Group]) -> list[Run]:
+    """All runs, in the order of their groups and seeds."""
+    return [run for group in groups for run in group.runs]
+
+
+def measured(groups: Sequence[Group]) -> list[Group]:
+    """The groups that have an epoch on record."""
+    return [group for group in groups if group.last_epoch]
 
 
 @dataclass(frozen=True)
 class Spread:
     """Values by seed, with their mean and sample standard deviation; nan where there is none."""
 
-    by_seed: Mapping[int, float] = field(default_factory=dict)
+    by_seed: Mapping[int, float]
 
     @property
     def n(self) -> int:

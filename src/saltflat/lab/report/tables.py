@@ -7,10 +7,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from saltflat.lab.report.figures import shortened
-from saltflat.lab.report.groups import Group, measured
 from saltflat.lab.report.notation import MISSING, decimal
 from saltflat.lab.report.runs import Attacked, Epoch, Run
-from saltflat.lab.report.statistics import Spread, at, best, drop, finite, last, over_seeds
+from saltflat.lab.report.statistics import Group, Spread, at, best, drop, finite, last, measured, over_seeds
 from saltflat.lab.report.words import machine_caption, measurement_caption
 
 
@@ -73,22 +72,23 @@ MEASURED = tuple(column for column, _, _ in MEASURES)
 SEEDS = Column("n", "seeds", "seeds")
 WEIGHTS = Column("weights", "", "checkpoint")
 DROP = Column("drop", "best to last, points", "drop")
+CHECKPOINTS: tuple[tuple[str, Callable[[Run], Epoch | None]], ...] = (("best", best), ("last", last))
 
 
 def accuracy_table(groups: Sequence[Group]) -> Table:
     """Best and last checkpoint of every group, over its finished runs."""
 
-    def row(runs: Sequence[Run], label: str, pick: Callable[[Run], Epoch | None]) -> Row:
+    def row(runs: Sequence[Run], checkpoint: str, pick: Callable[[Run], Epoch | None]) -> Row:
         spreads = [(over_seeds(runs, at(pick, quantity)), places) for _, quantity, places in MEASURES]
-        dropped = _cell(over_seeds(runs, drop)) if pick is last else Cell("")
+        dropped = _cell(over_seeds(runs, drop)) if checkpoint == "last" else Cell("")
         n_robust = spreads[2][0].n
-        return Row(label, (Cell(str(n_robust)), *(_cell(*spread) for spread in spreads), dropped))
+        return Row(checkpoint, (Cell(str(n_robust)), *(_cell(*spread) for spread in spreads), dropped))
 
     return Table(
         label="Accuracies at the best and the last epoch",
         caption=f"Mean ± sample standard deviation over seeds. {measurement_caption(groups)}",
         columns=(SEEDS, *MEASURED, DROP),
-        bodies=_bodies(measured(groups), lambda group: [row(group.finished, p.__name__, p) for p in (best, last)]),
+        bodies=_bodies(measured(groups), lambda group: [row(group.finished, *each) for each in CHECKPOINTS]),
         row_labels=WEIGHTS,
     )
 
@@ -98,7 +98,7 @@ def seeds_table(groups: Sequence[Group]) -> Table:
 
     def row(run: Run) -> Row:
         values = [decimal(at(last, quantity)(run), places) for _, quantity, places in MEASURES]
-        ends = [decimal(run.best and run.best.robust), decimal(drop(run))]
+        ends = [decimal(at(best, lambda epoch: epoch.robust)(run)), decimal(drop(run))]
         return Row(str(run.seed), tuple(map(Cell, values + ends)))
 
     return Table(
@@ -150,21 +150,14 @@ def outcome_table(groups: Sequence[Group]) -> Table:
 
 def cost_table(groups: Sequence[Group]) -> Table:
     """Seconds per epoch and minutes per run, over finished runs; `relative` is to the first group."""
-    groups = measured(groups)
+    timed = measured(groups)
 
     def row(group: Group) -> Row:
-        training = over_seeds(group.finished, _training_seconds)
-        reference = over_seeds(groups[0].finished, _training_seconds).mean
-        relative = training.mean / reference if reference > 0 else math.nan
-        cells = (
-            Cell(str(training.n)),
-            Cell(str(group.last_epoch)),
-            _cell(training),
-            Cell(decimal(relative) + ("×" if math.isfinite(relative) else "")),
-            _cell(over_seeds(group.finished, _evaluation_seconds)),
-            _cell(over_seeds(group.finished, _total_minutes)),
-        )
-        return Row("", cells)
+        training, reference = (over_seeds(one.finished, _training_seconds) for one in (group, timed[0]))
+        relative = training.mean / reference.mean if reference.mean > 0 else math.nan
+        times = Cell(decimal(relative) + ("×" if math.isfinite(relative) else ""))
+        evaluation, total = (_cell(over_seeds(group.finished, cost)) for cost in (_evaluation_seconds, _total_minutes))
+        return Row("", (Cell(str(training.n)), Cell(str(group.last_epoch)), _cell(training), times, evaluation, total))
 
     return Table(
         label="Cost",
@@ -173,11 +166,11 @@ def cost_table(groups: Sequence[Group]) -> Table:
             SEEDS,
             Column("epochs"),
             Column("training", "s per epoch", "seconds"),
-            Column("relative", f"to {shortened(groups[0].name, 24)}" if groups else ""),
+            Column("relative", f"to {shortened(timed[0].name, 24)}" if timed else ""),
             Column("evaluation", "s per epoch", "seconds"),
             Column("total", "min per run"),
         ),
-        bodies=_bodies(groups, lambda group: [row(group)]),
+        bodies=_bodies(timed, lambda group: [row(group)]),
     )
 
 

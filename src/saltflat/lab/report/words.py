@@ -7,10 +7,9 @@ this is an anecdote.
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-from saltflat.lab.report.groups import Group, measured, runs_of
-from saltflat.lab.report.notation import UNBROKEN, counted, percent, spread_out
+from saltflat.lab.report.notation import UNBROKEN, counted, decimal
 from saltflat.lab.report.runs import Epoch
-from saltflat.lab.report.statistics import Spread, at, last, over_seeds, paired
+from saltflat.lab.report.statistics import Group, Spread, at, last, measured, over_seeds, paired, runs_of
 
 
 @dataclass(frozen=True)
@@ -104,11 +103,11 @@ class Comparison:
         agreement = ", ".join(f"{word} in {count} of {n}" for word, count in words.items() if count)
         chance = ""
         if n >= 3 and n in (self.below, self.above):
-            odds = percent(2.0 ** (1 - n))
+            odds = f"{100 * 2.0 ** (1 - n):.3g}{UNBROKEN}%"
             chance = f" With no real difference, {n} seeds would still agree in sign in {odds} of studies."
         return (
             f"{self.second} − {self.first}, paired over {counted(n, 'common seed')}: "
-            f"{spread_out(self.differences, signed=True)} points; {agreement}.{chance}"
+            f"{_signed(self.differences)} points; {agreement}.{chance}"
         )
 
 
@@ -128,8 +127,8 @@ def _composition(first: Group, second: Group) -> str:
     if not test.n:
         return ""
     return (
-        f"Behind the difference stand {spread_out(train, signed=True)} points of robust accuracy on the training "
-        f"subset and {spread_out(test, signed=True)} points on test."
+        f"Behind the difference stand {_signed(train)} points of robust accuracy on the training "
+        f"subset and {_signed(test)} points on test."
     )
 
 
@@ -138,7 +137,17 @@ def _at_last(group: Group, quantity: Callable[[Epoch], float]) -> Spread:
 
 
 def _with_unit(spread: Spread, quantity: Quantity) -> str:
-    return spread_out(spread) + UNBROKEN + quantity.unit
+    return _plus_minus(spread) + UNBROKEN + quantity.unit
+
+
+def _signed(spread: Spread) -> str:
+    text = _plus_minus(spread)
+    return text if text.startswith("−") or spread.mean == 0 else f"+{text}"
+
+
+def _plus_minus(spread: Spread) -> str:
+    mean = decimal(spread.mean)
+    return f"{mean}{UNBROKEN}±{UNBROKEN}{decimal(spread.deviation)}" if spread.n > 1 else mean
 
 
 def measurement_caption(groups: Sequence[Group]) -> str:

@@ -15,7 +15,6 @@ import re
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 from xml.sax.saxutils import quoteattr
 
@@ -26,9 +25,8 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
-from numpy.typing import NDArray
 
-Array = NDArray[np.float64]
+from saltflat.lab.report.curves import GroupCurves, GroupLandscape, SeedCurves, mean_and_deviation, mean_curves
 
 INK, MUTED, GRID = "#1d2226", "#5d6770", "#e3e5e4"
 SERIES = ("#0a68a6", "#b84d00", "#00785a", "#9c4a80", "#7a6400", "#4a5058")
@@ -40,60 +38,16 @@ WIDTH, HEIGHT = 460.0, 340.0  # of one panel, in CSS pixels when shown at its na
 SMALL, TEXT, HEADING = 11.5, 12.5, 14.5  # pixels
 
 
-@dataclass(frozen=True, eq=False)
-class SeedCurves:
-    """One run's accuracies (percent) at its epochs; `averaged`: the group's mean takes it in (a finished run)."""
+def learning_curves(group: GroupCurves, *, among: Sequence[GroupCurves], identity: str, description: str) -> str:
+    """One panel: robust accuracy on the training subset and on test, the gap between them shaded, and clean test.
 
-    epochs: Array  # (E,)
-    train_robust: Array  # (E,)
-    test_robust: Array  # (E,)
-    test_clean: Array  # (E,)
-    best_epoch: int | None
-    averaged: bool = True
-
-
-@dataclass(frozen=True, eq=False)
-class GroupCurves:
-    """The runs of one group, with a line that says what was measured, and the group's place in the page's colours."""
-
-    name: str
-    note: str
-    seeds: tuple[SeedCurves, ...]
-    series: int = 0
-
-
-@dataclass(frozen=True, eq=False)
-class GroupLandscape:
-    """One array of losses (directions, alphas) per seed."""
-
-    name: str
-    alphas: Array  # (A,)
-    losses: tuple[Array, ...]  # seeds × (D, A)
-    series: int = 0
-
-
-@dataclass(frozen=True)
-class Limits:
-    epochs: tuple[float, float]
-    accuracies: tuple[float, float]  # percent
-
-
-def shared_limits(groups: Sequence[GroupCurves]) -> Limits:
-    """Axes that hold every curve of every group, so that panels can be compared by eye."""
-    seeds = [seed for group in groups for seed in group.seeds]
-    epochs = _finite(np.concatenate([seed.epochs for seed in seeds]))
-    accuracies = _finite(np.concatenate([np.r_[s.train_robust, s.test_robust, s.test_clean] for s in seeds]))
-    low, high = (accuracies.min(), accuracies.max()) if accuracies.size else (0.0, 100.0)
-    first, last = (epochs.min(), epochs.max()) if epochs.size else (0.0, 1.0)
-    margin = 0.5 if first == last else 0.0
-    rounded = (max(0.0, 10 * np.floor((low - 1) / 10)), min(100.0, 10 * np.ceil((high + 1) / 10)))
-    return Limits((float(first - margin), float(last + margin)), (float(rounded[0]), float(rounded[1])))
-
-
-def learning_curves(group: GroupCurves, *, limits: Limits, identity: str, description: str) -> str:
-    """One panel: robust accuracy on the training subset and on test, the gap between them shaded, and clean test."""
+    The axes hold every curve of the groups that it is shown `among`, so that panels can be compared by eye.
+    """
     with _drawing(identity):
         figure, axes = _panel(group.name, group.note, series=group.series, right=102)
+        _share_axes(axes, [seed for other in among for seed in other.seeds])
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True, min_n_ticks=1))
+        axes.set_xlabel("epoch")
         colour = _colour(group.series)
         for seed in group.seeds:
             _thin_lines(axes, seed, colour)
@@ -103,17 +57,10 @@ def learning_curves(group: GroupCurves, *, limits: Limits, identity: str, descri
         axes.plot(epochs, train, color=colour, linewidth=2.0, linestyle=(0, (5, 2)), marker=marker, zorder=4)
         axes.plot(epochs, test, color=colour, linewidth=2.6, marker=marker, zorder=5)
         axes.fill_between(epochs, test, train, color=colour, alpha=0.13, linewidth=0, zorder=2)
-        axes.set_xlim(*limits.epochs)
-        axes.set_ylim(*limits.accuracies)
-        axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True, min_n_ticks=1))
-        axes.set_xlabel("epoch")
         if len(epochs):
-            ends = {
-                "clean test": (clean[-1], MUTED),
-                "robust train": (train[-1], colour),
-                "robust test": (test[-1], colour),
-            }
-            _label_ends(axes, float(epochs[-1]), ends, bold="robust test")
+            lines = (("clean test", clean, MUTED), ("robust train", train, colour), ("robust test", test, colour))
+            ends = [(text, float(line[-1]), ink) for text, line, ink in lines if np.isfinite(line[-1])]
+            _label_ends(axes, float(epochs[-1]), ends)
         return _svg(figure, identity, description)
 
 
@@ -125,55 +72,17 @@ def landscape(groups: Sequence[GroupLandscape], *, centred: bool, note: str, ide
         handles = []
         for group in groups:
             colour, dash = _colour(group.series), DASHES[group.series % len(DASHES)]
-            curves = np.concatenate([losses - centre(group.alphas, losses) * centred for losses in group.losses])
+            curves = group.centred if centred else group.curves
             mean, deviation = mean_and_deviation(curves)
             if len(curves) > 1:
-                axes.fill_between(
-                    group.alphas, mean - deviation, mean + deviation, color=colour, alpha=0.13, linewidth=0, zorder=2
-                )
+                band = (mean - deviation, mean + deviation)
+                axes.fill_between(group.alphas, *band, color=colour, alpha=0.13, linewidth=0, zorder=2)
             handles += axes.plot(group.alphas, mean, color=colour, linestyle=dash, linewidth=2.3, zorder=4)
         axes.axvline(0.0, color=MUTED, linewidth=0.8, zorder=1)
         axes.set_xlim(min(group.alphas.min() for group in groups), max(group.alphas.max() for group in groups))
         axes.set_xlabel("α, in lengths of the normalised direction")
-        _legend(axes, handles, [f"{shortened(group.name, 34)} · {origin(group)}" for group in groups])
+        _legend(axes, handles, [f"{shortened(group.name, 34)} · {group.origin}" for group in groups])
         return _svg(figure, identity, description)
-
-
-def mean_curves(seeds: Sequence[SeedCurves]) -> tuple[Array, tuple[Array, Array, Array]]:
-    """Epochs that every averaged seed has, and the means there of train robust, test robust and test clean accuracy."""
-    averaged = [seed for seed in seeds if seed.averaged]
-    if not averaged:
-        return np.empty(0), (np.empty(0), np.empty(0), np.empty(0))
-    epochs = averaged[0].epochs
-    for seed in averaged[1:]:
-        epochs = np.intersect1d(epochs, seed.epochs)
-    kept = [np.isin(seed.epochs, epochs) for seed in averaged]
-    curves = [[seed.train_robust, seed.test_robust, seed.test_clean] for seed in averaged]
-    train, test, clean = (
-        np.mean([curve[which][keep] for curve, keep in zip(curves, kept, strict=True)], axis=0) for which in range(3)
-    )
-    return epochs, (train, test, clean)
-
-
-def centre(alphas: Array, losses: Array) -> Array:
-    """g(0) of every curve, (D, 1); ValueError where alpha = 0 was not measured."""
-    index = int(np.argmin(np.abs(alphas)))
-    if abs(alphas[index]) > 1e-9:
-        raise ValueError("alpha = 0 is not among the alphas")
-    return losses[:, index : index + 1]
-
-
-def origin(group: GroupLandscape) -> str:
-    """g(0) in words: the mean over seeds, with the sample standard deviation where there are several."""
-    values = np.array([centre(group.alphas, losses).mean() for losses in group.losses])
-    spread = f" ± {values.std(ddof=1):.3f}" if len(values) > 1 else ""
-    return f"g(0) = {values.mean():.3f}{spread}"
-
-
-def mean_and_deviation(curves: Array) -> tuple[Array, Array]:
-    """Over curves (C, A): the mean and the sample standard deviation (A,), nan wherever a curve is not finite."""
-    finite = np.where(np.isfinite(curves), curves, np.nan)
-    return finite.mean(axis=0), finite.std(axis=0, ddof=1) if len(finite) > 1 else np.zeros(finite.shape[1])
 
 
 def _thin_lines(axes: Axes, seed: SeedCurves, colour: str) -> None:
@@ -184,12 +93,22 @@ def _thin_lines(axes: Axes, seed: SeedCurves, colour: str) -> None:
     axes.plot(seed.epochs[at_best], seed.test_robust[at_best], "o", color=colour, markersize=5, zorder=6, clip_on=False)
 
 
-def _label_ends(axes: Axes, x: float, ends: dict[str, tuple[float, str]], *, bold: str) -> None:
+def _share_axes(axes: Axes, seeds: Sequence[SeedCurves]) -> None:
+    epochs = np.concatenate([seed.epochs for seed in seeds])
+    accuracies = np.concatenate([np.r_[seed.train_robust, seed.test_robust, seed.test_clean] for seed in seeds])
+    finite = accuracies[np.isfinite(accuracies)]
+    low, high = (finite.min(), finite.max()) if finite.size else (0.0, 100.0)
+    margin = 0.5 if epochs.min() == epochs.max() else 0.0
+    axes.set_xlim(epochs.min() - margin, epochs.max() + margin)
+    axes.set_ylim(max(0.0, 10 * np.floor((low - 1) / 10)), min(100.0, 10 * np.ceil((high + 1) / 10)))
+
+
+def _label_ends(axes: Axes, x: float, ends: Sequence[tuple[str, float, str]]) -> None:
+    """A name, a value and a colour at the end of each line, at places that keep them legible."""
     low, high = axes.get_ylim()
-    height = axes.get_window_extent().height
-    finite = {text: value for text, (value, _) in ends.items() if np.isfinite(value)}
-    places = spread_apart(list(finite.values()), least=(high - low) * 15 / height, low=low, high=high)
-    for (text, value), place in zip(finite.items(), places, strict=True):
+    least = (high - low) * 15 / axes.get_window_extent().height
+    places = spread_apart([value for _, value, _ in ends], least=least, low=low, high=high)
+    for (text, value, colour), place in zip(ends, places, strict=True):
         axes.annotate(
             f"{text} {value:.1f}",
             (x, place),
@@ -197,9 +116,9 @@ def _label_ends(axes: Axes, x: float, ends: dict[str, tuple[float, str]], *, bol
             textcoords="offset points",
             verticalalignment="center",
             annotation_clip=False,
-            color=ends[text][1],
+            color=colour,
             fontsize=SMALL,
-            fontweight="bold" if text == bold else "normal",
+            fontweight="bold" if text == "robust test" else "normal",
         )
 
 
@@ -211,11 +130,10 @@ def spread_apart(values: Sequence[float], *, least: float, low: float, high: flo
     """
     order = sorted(range(len(values)), key=lambda index: values[index])
     places = list(values)
-    floor = low
+    floor, ceiling = low, high
     for index in order:
-        places[index] = max(values[index], floor)
+        places[index] = max(places[index], floor)
         floor = places[index] + least
-    ceiling = high
     for index in reversed(order):
         places[index] = min(places[index], ceiling)
         ceiling = places[index] - least
@@ -272,10 +190,6 @@ def shortened(text: str, most: int) -> str:
     """One printable line: control characters cannot stand in XML, and a long name would leave the figure."""
     line = "".join(sign if sign.isprintable() else " " if sign.isspace() else "\ufffd" for sign in text)
     return line if len(line) <= most else line[: most - 1] + "…"
-
-
-def _finite(values: Array) -> Array:
-    return values[np.isfinite(values)]
 
 
 @contextmanager

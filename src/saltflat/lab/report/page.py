@@ -1,0 +1,65 @@
+"""The page: one offline HTML file whose every number and word is a function of the records that runs left.
+
+It contains no script and no address outside itself; names out of records are escaped. Nothing here imports torch.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import jinja2
+
+from saltflat.lab.record import replacing
+from saltflat.lab.report.figures import VARIABLES
+from saltflat.lab.report.notation import counted
+from saltflat.lab.report.notes import notes
+from saltflat.lab.report.plates import curves_plate, landscape_plates
+from saltflat.lab.report.runs import Run, read_run
+from saltflat.lab.report.settings import configuration, environments
+from saltflat.lab.report.statistics import Group, grouped, runs_of
+from saltflat.lab.report.tables import accuracy_table, cost_table, outcome_table, seeds_table
+from saltflat.lab.report.words import headline
+
+TEMPLATE = Path(__file__).with_name("page.html.j2")
+
+
+def write_report(runs: Sequence[Path], path: Path, *, title: str | None = None) -> None:
+    """Write one HTML file about these run folders, whole or not at all; a folder given twice counts once."""
+    folders = list(dict.fromkeys(Path(folder).resolve() for folder in runs))
+    if not folders:
+        raise ValueError("a report needs at least one run")
+    page = render([read_run(folder) for folder in folders], title=title)
+    with replacing(Path(path)) as temporary:
+        temporary.write_bytes(page.encode("utf-8", "replace"))  # a name read from JSON may hold half a surrogate pair
+
+
+def render(runs: Sequence[Run], *, title: str | None = None) -> str:
+    """The page as text: equal records give an equal page."""
+    groups = grouped(runs)
+    landscapes, left_out = landscape_plates(groups)
+    environment = jinja2.Environment(
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
+        title=title or _default_title(groups),
+        extent=f"{counted(len(groups), 'recipe')}, {counted(len(runs_of(groups)), 'run')}",
+        folders=[run.folder.name for run in runs_of(groups)],
+        headline=headline(groups),
+        tables=[table for table in (accuracy_table(groups), outcome_table(groups)) if table.bodies],
+        seeds=seeds_table(groups),
+        curves=curves_plate(groups),
+        landscapes=landscapes,
+        cost=cost_table(groups),
+        configuration=configuration(groups),
+        environments=environments(groups),
+        notes=notes(groups, len(runs)) + left_out,
+        variables=VARIABLES,
+    )
+
+
+def _default_title(groups: Sequence[Group]) -> str:
+    names = [group.name for group in groups]
+    return f"{names[1]} against {names[0]}" if len(names) == 2 else ", ".join(names)

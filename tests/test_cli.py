@@ -1,0 +1,361 @@
+"""The commands, as a person types them."""
+
+import ast
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet
+import pytest
+from PIL import Image
+
+from saltflat.lab import config, record
+from saltflat.lab.cli import main, parsed
+from saltflat.lab.recipes import RECIPES
+
+QUICK = [
+    "--data.examples", "60", "--data.validation-examples", "20", "--optimizer.epochs", "2", "--model.width", "4",
+    "--evaluation.examples", "30", "--attack.steps", "2", "--evaluation.steps", "2", "--threads", "1",
+]  # fmt: skip
+
+
+def run(*arguments):
+    main([str(word) for word in arguments])
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    folders = []
+    for recipe in ("at", "at-awp"):
+        folders.append(tmp_path_factory.mktemp("runs") / recipe)
+        run("train", recipe, *QUICK, "--out", folders[-1])
+    return folders
+
+
+def test_train_evaluate_landscape_report(trained, tmp_path, capsys):
+    at, awp = trained
+    assert {path.name for path in (at / "checkpoints").iterdir()} == {
+        "best.safetensors",
+        "last.safetensors",
+        "resume.pt",
+    }
+    assert [line["epoch"] for line in record.read_metrics(at)] == [1, 2]
+    assert [line["gamma"] for line in record.read_metrics(awp)] == [0.01, 0.01]
+
+    run("evaluate", at, "--examples", "40", "--attacks", "clean", "pgd-3", "cw-3", "fgsm")
+    run("evaluate", at / "checkpoints" / "last.safetensors", "--examples", "40", "--eps", "4/255", "--norm", "L2")
+    summaries = [json.loads(path.read_text()) for path in (at / "outcomes").glob("*.json")]
+    assert {summary["checkpoint"] for summary in summaries} == {"best", "last"}
+    assert any("L2, eps 4/255" in row["description"] for summary in summaries for row in summary["attacks"])
+    for summary in summaries:
+        found = np.load(next((at / "outcomes").glob(f"{summary['checkpoint']}-*.npz")))
+        for row in summary["attacks"]:
+            assert found[f"{row['name']}_correct"].mean() == pytest.approx(row["accuracy"])
+            assert row["interval"][0] <= row["accuracy"] <= row["interval"][1]
+
+    run("landscape", at, awp, "--points", "3", "--examples", "20", "--directions", "2", "--steps", "2")
+    found = json.loads(next((awp / "landscapes").glob("*.json")).read_text())
+    assert found["alphas"] == [-1.0, 0.0, 1.0]
+    assert [curve["direction_seed"] for curve in found["curves"]] == [0, 1]
+    run("report", at, awp, "--out", tmp_path / "page.html")
+    page = (tmp_path / "page.html").read_text()
+    assert "at-awp" in page
+    assert "<svg" in page
+    assert "95 % interval" in capsys.readouterr().out
+
+
+def test_equal_commands_end_with_equal_files(trained, tmp_path):
+    run("train", "at-awp", *QUICK, "--out", tmp_path / "again")
+    for name in ("best.safetensors", "last.safetensors"):
+        assert (tmp_path / "again/checkpoints" / name).read_bytes() == (trained[1] / "checkpoints" / name).read_bytes()
+
+
+def test_going_on_with_a_finished_run_changes_nothing(trained, capsys):
+    before = {path: path.stat().st_mtime_ns for path in trained[0].rglob("*")}
+    run("train", "--resume", trained[0])
+    assert "is finished: 2 epochs" in capsys.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in trained[0].rglob("*")} == before
+
+
+def test_every_recipe_is_listed(capsys):
+    run("recipes")
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == list(RECIPES)
+
+
+def encoded(image):
+    buffer = io.BytesIO()
+    image.save(buffer, format="TIFF" if image.mode == "F" else "PNG")
+    return buffer.getvalue()
+
+
+def parquet_of(folder: Path, images: list[bytes], labels: list[int]) -> Path:
+    folder.mkdir()
+    table = pa.table(
+        {"img": [{"bytes": image, "path": None} for image in images], "label": pa.array(labels, pa.int64())}
+    )
+    for split in ("train", "test"):
+        pa.parquet.write_table(table, folder / f"{split}-00000-of-00001.parquet")
+    return folder
+
+
+def bad_inputs(folder: Path) -> dict[str, tuple[list[str], str]]:
+    """name -> (arguments, what the line must hold)"""
+    picture = encoded(Image.fromarray(np.zeros((4, 4, 3), np.uint8)))
+    nan = encoded(Image.fromarray(np.full((4, 4), np.nan, np.float32)))
+    nan_images = parquet_of(folder / "nan", [nan] * 4, [0, 1, 0, 1])
+    bad_labels = parquet_of(folder / "labels", [picture] * 4, [0, 1, -1, 1])
+    (folder / "corrupt.tar.gz").write_bytes(b"\x1f\x8b\x08 not an archive")
+    (folder / "taken").mkdir()
+    (folder / "taken" / "thesis.txt").write_text("years of work")
+    train = ["train", "at", "--out", str(folder / "new")]
+    data = [*train, "--data.validation-examples", "1", "--data.name"]
+    return {
+        "unknown command": (["trian"], "trian"),
+        "unknown recipe": (["train", "att"], "available subcommands: at, at-awp"),
+        "no recipe": (["train"], "at-awp"),
+        "unknown field": ([*train, "--awp.gama", "1"], "perhaps you meant --awp.gamma"),
+        "negative gamma": (
+            [*train, "--awp.gamma", "-1"],
+            "awp.gamma: input should be greater than or equal to 0, got -1",
+        ),
+        "eps in words": (
+            [*train, "--attack.eps", "lots"],
+            "attack.eps: 'lots' is not a number or a fraction such as 8/255",
+        ),
+        "batch 0": (
+            [*train, "--optimizer.batch-size", "0"],
+            "optimizer.batch_size: input should be greater than or equal to 1, got 0",
+        ),
+        "seed in words": ([*train, "--seed", "x"], "seed: expected a whole number, got 'x'"),
+        "unknown norm": ([*train, "--attack.norm", "L3"], "'--attack.norm'. Expected one of ('Linf', 'L2')"),
+        "value missing": ([*train, "--seed"], "--seed"),
+        "device that is not there": ([*train, "--device", "cuda:99"], "device: expected auto or one of cpu"),
+        "folder that exists": (
+            ["train", "at", "--out", str(folder / "taken")],
+            "out: expected a folder that does not exist yet",
+        ),
+        "missing archive": ([*data, "cifar10", "--data.path", str(folder / "none.tar.gz")], "data.path: "),
+        "no archive": ([*data, "cifar10"], "data.path: expected the archive or folder of cifar10, got none"),
+        "corrupt archive": ([*data, "cifar10", "--data.path", str(folder / "corrupt.tar.gz")], "data.path: "),
+        "NaN image": ([*data, "parquet", "--data.path", str(nan_images)], "data.path: "),
+        "label out of range": ([*data, "parquet", "--data.path", str(bad_labels)], "data.path: "),
+        "too few images": (
+            [*train, "--data.validation-examples", "5000"],
+            "data.validation_examples: expected fewer than the 1200",
+        ),
+        "run that is none": (["evaluate", str(folder / "taken")], "run: expected a run folder with a config.yaml"),
+        "resume of nothing": (
+            ["train", "--resume", str(folder / "nowhere")],
+            "run: expected a run folder with a config.yaml",
+        ),
+        "report on nothing": (["report"], "runs: expected at least one run folder"),
+        "report on no run": (["report", str(folder / "taken")], str(folder / "taken")),
+        "even points": (["landscape", str(folder), "--points", "4"], "points: expected an odd number >= 3, got 4"),
+        "unknown split": (["evaluate", str(folder), "--split", "tset"], "'--split'. Expected one of"),
+    }
+
+
+NAMES = [
+    "unknown command",
+    "unknown recipe",
+    "no recipe",
+    "unknown field",
+    "negative gamma",
+    "eps in words",
+    "batch 0",
+    "seed in words",
+    "unknown norm",
+    "value missing",
+    "device that is not there",
+    "folder that exists",
+    "missing archive",
+    "no archive",
+    "corrupt archive",
+    "NaN image",
+    "label out of range",
+    "too few images",
+    "run that is none",
+    "resume of nothing",
+    "report on nothing",
+    "report on no run",
+    "even points",
+    "unknown split",
+]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_bad_input_is_one_line_and_exit_code_2_before_any_work(name, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    arguments, words = bad_inputs(tmp_path)[name]
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    printed = capsys.readouterr()
+    assert stop.value.code == 2
+    assert words in printed.err
+    assert printed.err.startswith("saltflat: ")
+    assert printed.err.count("\n") == 1
+    assert printed.out == ""
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_bad_input_cases_are_all_run(tmp_path):
+    assert list(bad_inputs(tmp_path)) == NAMES
+
+
+def test_a_checkpoint_of_another_architecture_is_refused(trained, tmp_path, capsys):
+    run("train", "at", *QUICK, "--model.name", "mlp", "--out", tmp_path / "mlp")
+    capsys.readouterr()
+    for arguments, words in (
+        (
+            ["evaluate", trained[0], "--weights", tmp_path / "mlp/checkpoints/last.safetensors"],
+            "of another architecture",
+        ),
+        (["evaluate", trained[0], "--checkpoint", "first"], "checkpoint: expected one of best, last"),
+        (["evaluate", trained[0], "--attacks", "pgd"], "attacks: expected clean, fgsm, pgd-K or cw-K"),
+        (
+            ["evaluate", trained[0], "--examples", "9999"],
+            "examples: expected at most the 597 of the test split, got 9999",
+        ),
+        (["landscape", trained[0], trained[1], tmp_path / "none"], "run: expected a run folder"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            run(*arguments)
+        printed = capsys.readouterr().err
+        assert stop.value.code == 2
+        assert words in printed
+        assert printed.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "words", [["--help"], ["train", "--help"], ["train", "at-awp", "--help"], ["evaluate", "-h"], []]
+)
+def test_help_does_not_wait_for_torch(words):
+    script = (
+        "import sys\nfrom saltflat.lab.cli import main\ntry:\n main(sys.argv[1:])\nfinally:\n"
+        " print('torch' in sys.modules, 'matplotlib' in sys.modules, file=sys.stderr)"
+    )
+    found = subprocess.run([sys.executable, "-c", script, *words], capture_output=True, text=True)
+    assert found.returncode == 0
+    assert found.stderr.split() == ["False", "False"]
+    assert "usage: saltflat" in found.stdout
+
+
+def test_every_field_says_what_it_is(capsys):
+    """A docstring under each field of the config, which the help shows."""
+    classes = [node for node in ast.parse(Path(config.__file__).read_text()).body if isinstance(node, ast.ClassDef)]
+    for node in classes[:-1]:  # the last holds the others
+        fields = [i for i, line in enumerate(node.body) if isinstance(line, ast.AnnAssign)][1:]
+        assert fields
+        for i in fields:
+            assert isinstance(node.body[i + 1], ast.Expr), ast.unparse(node.body[i])
+    with pytest.raises(SystemExit) as stop:
+        parsed(["train", "cifar10-trades-awp", "--help"])
+    assert stop.value.code == 0
+    shown = capsys.readouterr().out
+    for option in ("--attack.eps", "--awp.gamma", "--optimizer.batch-size", "--data.validation-examples", "--seed"):
+        assert option in shown
+    assert "in pixel units" in shown
+
+
+def wait_for_epochs(folder: Path, epochs: int, process: subprocess.Popen) -> None:
+    while len(record.read_metrics(folder)) < epochs:
+        assert process.poll() is None, "training ended before it could be killed"
+        time.sleep(0.02)
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on_to_equal_bits(tmp_path):
+    more = ["--optimizer.epochs", "8", "--optimizer.average", "0.9", "--data.examples", "200"]
+    command = [sys.executable, "-m", "saltflat", "train"]
+    subprocess.run(
+        [*command, "at-awp", *QUICK, *more, "--out", str(tmp_path / "whole")], check=True, capture_output=True
+    )
+    process = subprocess.Popen(
+        [*command, "at-awp", *QUICK, *more, "--out", str(tmp_path / "killed")], stdout=subprocess.DEVNULL
+    )
+    for epochs, delay in ((1, 0.0), (3, 0.07), (6, 0.03)):
+        wait_for_epochs(tmp_path / "killed", epochs, process)
+        time.sleep(delay)
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+        process = subprocess.Popen([*command, "--resume", str(tmp_path / "killed")], stdout=subprocess.DEVNULL)
+    assert process.wait() == 0
+    for name in ("best.safetensors", "last.safetensors"):
+        assert (tmp_path / "killed/checkpoints" / name).read_bytes() == (
+            tmp_path / "whole/checkpoints" / name
+        ).read_bytes()
+    one, other = (
+        [
+            {key: value for key, value in line.items() if "seconds" not in key}
+            for line in record.read_metrics(tmp_path / name)
+        ]
+        for name in ("killed", "whole")
+    )
+    assert one == other
+
+
+@pytest.mark.slow
+def test_an_interrupted_run_says_how_to_go_on(tmp_path):
+    command = [
+        sys.executable,
+        "-m",
+        "saltflat",
+        "train",
+        "at",
+        *QUICK,
+        "--optimizer.epochs",
+        "200",
+        "--out",
+        str(tmp_path / "run"),
+    ]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    wait_for_epochs(tmp_path / "run", 1, process)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "interrupted; go on with: saltflat train --resume" in out
+    assert err == ""
+
+
+@pytest.mark.slow
+def test_a_diverged_run_ends_with_one_line(tmp_path):
+    command = [
+        sys.executable,
+        "-m",
+        "saltflat",
+        "train",
+        "at",
+        *QUICK,
+        "--optimizer.learning-rate",
+        "1e30",
+        "--out",
+        str(tmp_path / "run"),
+    ]
+    found = subprocess.run(command, capture_output=True, text=True)
+    assert found.returncode == 1
+    assert found.stderr.startswith("saltflat: epoch 1: the training loss is not finite")
+    assert found.stderr.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_the_demo_makes_its_page_and_keeps_what_is_finished(tmp_path, monkeypatch):
+    for name in ("at", "at-awp"):
+        recipe = RECIPES[name]
+        small = replace(recipe, optimizer=replace(recipe.optimizer, epochs=2), data=replace(recipe.data, examples=100))
+        monkeypatch.setitem(RECIPES, name, small)
+    run("demo", "--out", tmp_path / "demo")
+    page = (tmp_path / "demo" / "report.html").read_text()
+    assert "at-awp" in page
+    assert "n = 3" in page or "3 seeds" in page
+    weights = (tmp_path / "demo" / "at-seed2" / "checkpoints" / "last.safetensors").stat().st_mtime_ns
+    run("demo", "--out", tmp_path / "demo")
+    assert (tmp_path / "demo" / "at-seed2" / "checkpoints" / "last.safetensors").stat().st_mtime_ns == weights

@@ -1,0 +1,234 @@
+"""Configs, recipes, run folders, checkpoints: plain data, checked before work, never half written."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+from networks import equal_states, state
+from torch import nn
+
+from saltflat.data import Images
+from saltflat.lab import build, checkpoints, record
+from saltflat.lab.config import Awp, Data, Model, Train, as_text, checked, from_text, number, shown
+from saltflat.lab.recipes import RECIPES, described
+from saltflat.train import Stepped, fit
+
+IMAGES = Images(torch.randint(0, 256, (16, 3, 8, 8), dtype=torch.uint8), torch.arange(16) % 10, 10, "noise")
+
+
+def with_path(config):
+    return config if config.data.name == "digits" else replace(config, data=replace(config.data, path="archive"))
+
+
+@given(st.integers(1, 254))
+def test_fractions_of_255_come_back_exactly(numerator):
+    assert number(shown(numerator / 255)) == numerator / 255
+    assert number(f"{numerator}/255") == numerator / 255
+
+
+@pytest.mark.parametrize("text", ["lots", "8/0", "1/2/3", "", "nan/1x", None, True, [1]])
+def test_what_is_no_number_says_so(text):
+    with pytest.raises(ValueError, match="not a number or a fraction such as 8/255"):
+        number(text)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipes_are_valid_and_survive_yaml(name):
+    config = checked(with_path(RECIPES[name]))
+    assert config.recipe == name
+    assert from_text(as_text(config)) == config
+    assert described(config).endswith(".")
+    build.plan(config)
+
+
+def test_the_published_hyper_parameters():
+    """Section 1c of the official scripts' defaults."""
+    for data in ("cifar10", "cifar100"):
+        at, trades = RECIPES[f"{data}-at-awp"], RECIPES[f"{data}-trades-awp"]
+        assert (at.awp.gamma, at.awp.warmup) == (0.01, 0)
+        assert (trades.awp.gamma, trades.awp.warmup, trades.objective.beta) == (0.005, 9, 6.0)  # from the tenth epoch
+        assert (at.model.name, trades.model.name, trades.model.depth, trades.model.widen_factor) == (
+            "preact-resnet18", "wide-resnet", 34, 10,
+        )  # fmt: skip
+        assert (at.attack.start, trades.attack.start) == ("uniform", "gaussian")
+        for config in (at, trades):
+            assert (config.attack.norm, config.attack.eps, config.attack.step_size, config.attack.steps) == (
+                "Linf",
+                8 / 255,
+                2 / 255,
+                10,
+            )
+            of = config.optimizer
+            assert (of.epochs, of.batch_size, of.learning_rate, of.schedule, of.momentum, of.weight_decay) == (
+                200, 128, 0.1, "piecewise", 0.9, 5e-4,
+            )  # fmt: skip
+            assert (config.attack.mode, config.awp.step_inside, of.clean_forward) == ("eval", False, "none")
+
+
+@pytest.mark.parametrize(
+    ("name", "updates"), [("cifar10-at-awp-official", 13), ("cifar10-trades-awp-official", 3), ("cifar10-at-awp", 1)]
+)
+def test_official_recipes_update_running_statistics_as_often_as_the_scripts(name, updates):
+    config = checked(
+        replace(with_path(RECIPES[name]), model=Model("small-resnet", width=4), awp=Awp(gamma=0.01, step_inside=True))
+    )
+    model = build.network(config, IMAGES)
+    next(
+        event
+        for event in fit(model, IMAGES, {}, build.plan(config), build.optimizer(config, model))
+        if isinstance(event, Stepped)
+    )
+    counts = {buffer.item() for buffer_name, buffer in model.named_buffers() if "num_batches" in buffer_name}
+    assert counts == {updates}
+
+
+BAD = {
+    "awp.gamma": ({"awp": {"gamma": -1}}, "greater than or equal to 0, got -1"),
+    "attack.eps": ({"attack": {"eps": "lots"}}, "'lots' is not a number or a fraction such as 8/255"),
+    "optimizer.batch_size": ({"optimizer": {"batch_size": 0}}, "greater than or equal to 1, got 0"),
+    "optimizer.learning_rate": ({"optimizer": {"learning_rate": float("nan")}}, "finite number"),
+    "attack.norm": ({"attack": {"norm": "L7"}}, "'Linf' or 'L2', got 'L7'"),
+    "atack": ({"atack": {}}, "unexpected keyword argument"),
+    "attack.epsilon": ({"attack": {"epsilon": 1}}, "unexpected keyword argument"),
+    "data.path": ({"data": {"name": "cifar10"}}, "expected the archive or folder of cifar10, got none"),
+    "awp.alternations": ({"awp": {"alternations": 2}}, "needs awp.gamma > 0"),
+    "awp.warmup": ({"awp": {"gamma": 0.1, "warmup": 60}}, "expected fewer than optimizer.epochs"),
+    "model.depth": ({"model": {"name": "wide-resnet", "depth": 33}}, "expected 6 n"),
+    "model.std": ({"model": {"mean": [0.5]}}, "expected as many numbers as model.mean"),
+    "data.augment": ({"data": {"augment": "crop-flip"}}, "digits mean other things when mirrored"),
+}
+
+
+@pytest.mark.parametrize("field", BAD)
+def test_bad_fields_are_named_in_one_line(field):
+    tree, words = BAD[field]
+    with pytest.raises(ValueError, match=rf"^{field}: .*{words}") as error:
+        checked(tree)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("text", ["[1, 2]", "a: [", "just words", ""])
+def test_a_config_that_is_none_is_refused(text):
+    with pytest.raises(ValueError, match="config: "):
+        from_text(text)
+
+
+def test_sets_are_refused_before_work_if_they_do_not_fit():
+    with pytest.raises(ValueError, match=r"data\.validation_examples: expected fewer than the 1200"):
+        build.sets(Train(data=Data(validation_examples=1200)))
+    with pytest.raises(
+        ValueError, match=r"data\.examples: expected at most 1000, which validation leaves of 1200, got 1001"
+    ):
+        build.sets(Train(data=Data(validation_examples=200, examples=1001)))
+    with pytest.raises(ValueError, match=r"data.path: .*nowhere"):
+        build.sets(Train(data=Data(name="cifar10", path="nowhere")))
+    with pytest.raises(ValueError, match=r"model\.mean: expected 1 numbers"):
+        build.network(Train(model=Model(mean=(0.1, 0.2), std=(1.0, 1.0))), build.sets(Train()).train)
+
+
+def test_sets_of_all_seeds_are_the_same_and_validation_is_not_trained_on():
+    one, other = (build.sets(Train(seed=seed)) for seed in (0, 1))
+    for name in one.measured:
+        assert torch.equal(one.measured[name].images, other.measured[name].images)
+    trained = {image.numpy().tobytes() for image in one.train.images}
+    assert not trained & {image.numpy().tobytes() for image in one.measured["validation"].images}
+
+
+def test_initial_weights_follow_the_seed_and_leave_the_global_generator_alone():
+    before = torch.get_rng_state()
+    one, again, other = (build.network(Train(seed=seed), IMAGES) for seed in (0, 0, 1))
+    assert equal_states(state(one), state(again))
+    assert not equal_states(state(one), state(other))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_devices_that_are_not_there_are_refused():
+    assert build.device("auto").type in ("cpu", "cuda")
+    for name in ("cuda:99", "gpu", "meta:x", ""):
+        with pytest.raises(ValueError, match="device: expected auto or one of cpu"):
+            build.device(name)
+
+
+def test_a_run_folder_is_made_once(tmp_path):
+    folder = tmp_path / "run"
+    record.create(folder, Train(), record.environment("cpu", 1), {"attack": "PGD"})
+    assert record.read_config(folder) == Train()
+    assert yaml.safe_load((folder / "config.yaml").read_text())["attack"]["eps"] == "8/255"
+    environment = json.loads((folder / "environment.json").read_text())
+    assert environment["torch"] == torch.__version__
+    with pytest.raises(
+        ValueError, match=r"out: expected a folder that does not exist yet, got '.*run' \(go on with --resume"
+    ):
+        record.create(folder, Train(), {}, {})
+    for other in (tmp_path / "nothing", tmp_path):
+        with pytest.raises(ValueError, match=r"run: expected a run folder with a config\.yaml"):
+            record.read_config(other)
+    (folder / "config.yaml").write_text("seed: many")
+    with pytest.raises(ValueError, match=r"run: .*config.yaml: seed: "):
+        record.read_config(folder)
+
+
+def test_metrics_survive_a_cut_and_are_dropped_after_a_state(tmp_path):
+    for epoch in (1, 2, 3):
+        record.append_metrics(tmp_path, {"epoch": epoch, "loss": epoch / 3})
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"epoch": 4, "lo')
+    assert [line["epoch"] for line in record.read_metrics(tmp_path)] == [1, 2, 3]
+    record.keep_metrics_until(tmp_path, 2)
+    assert record.read_metrics(tmp_path) == [{"epoch": 1, "loss": 1 / 3}, {"epoch": 2, "loss": 2 / 3}]
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "file"
+    record.write_text(path, "old")
+    with pytest.raises(ZeroDivisionError), record.replacing(path) as temporary:
+        temporary.write_text("half")
+        raise ZeroDivisionError
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_weights_come_back_and_strange_files_are_refused(tmp_path):
+    model, path = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2)), tmp_path / "w.safetensors"
+    checkpoints.save_weights(path, model)
+    other = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))
+    checkpoints.load_weights(path, other)
+    assert equal_states(state(model), state(other))
+    for wrong, words in (
+        (nn.Sequential(nn.Linear(4, 2), nn.BatchNorm1d(2)), r"'0.weight' has shape \(2, 3\), expected \(2, 4\)"),
+        (nn.Sequential(nn.Linear(3, 2)), "the model lacks '1.bias'"),
+        (nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2), nn.Linear(2, 2)), "the file lacks '2.bias'"),
+    ):
+        with pytest.raises(ValueError, match=f"of another architecture: {words}"):
+            checkpoints.load_weights(path, wrong)
+    path.write_bytes(path.read_bytes()[:-8])
+    with pytest.raises(ValueError, match="not a whole safetensors file"):
+        checkpoints.load_weights(path, other)
+    with pytest.raises(ValueError, match="checkpoint: expected a file"):
+        checkpoints.load_weights(tmp_path / "none", other)
+
+
+def test_no_code_in_a_state_is_run(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "ran"), "w"))
+
+    torch.save({"state": Evil()}, tmp_path / "resume.pt")
+    with pytest.raises(ValueError, match="run: cannot go on from"):
+        checkpoints.load_state(tmp_path / "resume.pt")
+    assert not (tmp_path / "ran").exists()
+    checkpoints.save_state(tmp_path / "good.pt", {"a": torch.ones(2), "n": 3})
+    assert checkpoints.load_state(tmp_path / "good.pt")["n"] == 3
+    (tmp_path / "cut.pt").write_bytes((tmp_path / "good.pt").read_bytes()[:100])
+    with pytest.raises(ValueError, match="run: cannot go on from"):
+        checkpoints.load_state(tmp_path / "cut.pt")
+
+
+def test_digests_tell_settings_apart():
+    assert record.digest({"a": 1, "b": 2}) == record.digest({"b": 2, "a": 1}) != record.digest({"a": 1, "b": 3})
+    assert np.isscalar(len(record.digest({})))
