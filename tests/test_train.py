@@ -16,8 +16,8 @@ from saltflat.train import Epoch, Measuring, Plan, Stepped, fit, gap
 
 ATTACK = PGD(Linf(0.15), 0.0375, 3)
 PLAN = Plan(
-    epochs=3, batch_size=50, learning_rate=piecewise(0.1, {0.5: 0.1}), objective=lambda t: AT(), attack=lambda t: ATTACK,
-    ball=lambda t: Layerwise(0.01), measure=ATTACK, seed=3,
+    epochs=3, batch_size=50, learning_rate=piecewise(0.1, {0.5: 0.1}), seed=3, measure=ATTACK,
+    objective=lambda t: AT(), attack=lambda t: ATTACK, ball=lambda t: Layerwise(0.01),
 )  # fmt: skip
 
 

@@ -117,7 +117,7 @@ def double_perturbation_step(
         value = loss()
         value.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
-        return Step(value.detach(), value.detach(), x_adv, torch.tensor(0))
+        return Step(value.detach(), value.detach(), x_adv, value.new_zeros((), dtype=torch.int64))
 
     v: Weights = {}
     first_loss: Tensor | None = None

@@ -73,12 +73,9 @@ def displaced(model: nn.Module, displacement: Weights) -> Iterator[None]:
     """
     parameters = dict(model.named_parameters())
     parameters = {name: parameters[name] for name in displacement}
-    centre = _copied(parameters)
-    try:
+    with _given_back(parameters) as centre:
         _place(parameters, centre, displacement)
         yield
-    finally:
-        _put_back(parameters, centre)
 
 
 class Ascent:
@@ -155,64 +152,63 @@ def perturbed(
     if isinstance(loss, Mapping) and steps > 1:
         raise ValueError(f"steps: a gradient at hand allows one step, got {steps!r}")
     parameters = _chosen(model, where)
-    centre = _copied(parameters)
-    held: dict[str, Tensor] = {}
-    versions: dict[str, int] = {}
-    try:
-        v, value = _climb(
-            model,
-            loss,
-            ball,
-            parameters,
-            centre,
-            dict(start or {}),
-            steps,
-            ball.radius / steps if step_size is None else step_size,
-        )
-        ascent = Ascent(value, _count_zeros(v), parameters, centre)
-        del v  # while the block runs, one copy of the weights is kept; two if the optimiser steps inside
-        held = _copied(parameters) if step_inside else {}
-        versions = {name: parameter._version for name, parameter in parameters.items()}
-        yield ascent
-    finally:
-        changed = [name for name, version in versions.items() if parameters[name]._version != version]
-        for name, perturbed_weight in held.items():  # AWP official: w <- w + (what the step at w + v did)
-            now = parameters[name].detach()
-            centre[name] = torch.where(now == perturbed_weight, centre[name], centre[name] + (now - perturbed_weight))
-        _put_back(parameters, centre)
-        if versions:
-            ascent._close()
-    if changed and not step_inside:
-        raise RuntimeError(
-            f"weight {changed[0]!r} was changed inside `perturbed`, and the change is lost: "
-            "call optimizer.step() after the block, or pass step_inside=True"
-        )
-
-
-def _climb(
-    model: nn.Module,
-    loss: Closure | Sequence[Closure] | Weights,
-    ball: WeightBall,
-    parameters: Mapping[str, nn.Parameter],
-    centre: Weights,
-    v: dict[str, Tensor],
-    steps: int,
-    step_size: float,
-) -> tuple[dict[str, Tensor], Tensor | None]:
-    """The iteration at the head of this file; leaves the weights at w + v."""
-    step = replace(ball, radius=step_size)
-    first_value: Tensor | None = None
-    _place(parameters, centre, v)
-    for k in range(steps):
-        if isinstance(loss, Mapping):
-            g = {name: loss[name] for name in parameters if name in loss}
-        else:
-            g, value = _climbing_gradient(model, loss, parameters)
-            first_value = value if k == 0 else first_value
-        ascended = {name: v[name] + s if name in v else s for name, s in step.steepest(g, centre).items()}
-        v = v | ball.project(ascended, centre)
+    step = replace(ball, radius=ball.radius / steps if step_size is None else step_size)
+    with _given_back(parameters) as centre:
+        v, value = dict(start or {}), None
         _place(parameters, centre, v)
-    return v, first_value
+        for _ in range(steps):
+            if isinstance(loss, Mapping):
+                g = {name: loss[name] for name in parameters if name in loss}
+            else:
+                g, reached = _climbing_gradient(model, loss, parameters)
+                value = reached if value is None else value
+            ahead = step.steepest(g, centre)
+            v |= ball.project({name: v[name] + s if name in v else s for name, s in ahead.items()}, centre)
+            _place(parameters, centre, v)
+        ascent = Ascent(value, _count_zeros(v), parameters, centre)
+        del v, g, ahead  # while the block runs, one copy of the weights is kept; two if the optimiser steps inside
+        with _step_kept(parameters, centre) if step_inside else _no_step(parameters):
+            try:
+                yield ascent
+            finally:
+                ascent._close()
+
+
+@contextmanager
+def _given_back(parameters: Mapping[str, nn.Parameter]) -> Iterator[dict[str, Tensor]]:
+    """Yields the centre, and puts back whatever stands in it afterwards: w, to the bit."""
+    centre = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+    try:
+        yield centre
+    finally:
+        with torch.no_grad():
+            for name, w in centre.items():
+                parameters[name].copy_(w)
+
+
+@contextmanager
+def _step_kept(parameters: Mapping[str, nn.Parameter], centre: dict[str, Tensor]) -> Iterator[None]:
+    """What happens to w + v inside happens to the centre: w <- w + (what the step did), as in the official code."""
+    held = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+    try:
+        yield
+    finally:
+        for name, before in held.items():
+            now, w = parameters[name].detach(), centre[name]
+            centre[name] = torch.where(now == before, w, w + (now - before))  # where: -0.0 + 0.0 is another bit
+
+
+@contextmanager
+def _no_step(parameters: Mapping[str, nn.Parameter]) -> Iterator[None]:
+    """Nothing may happen to w + v inside: it would be lost."""
+    versions = {name: parameter._version for name, parameter in parameters.items()}
+    yield
+    for name, version in versions.items():
+        if parameters[name]._version != version:
+            raise RuntimeError(
+                f"weight {name!r} was changed inside `perturbed`, and the change is lost: "
+                "call optimizer.step() after the block, or pass step_inside=True"
+            )
 
 
 def _climbing_gradient(
@@ -282,20 +278,10 @@ def _chosen(model: nn.Module, where: Where) -> dict[str, nn.Parameter]:
     return chosen
 
 
-def _copied(parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
-    return {name: parameter.detach().clone() for name, parameter in parameters.items()}
-
-
 @torch.no_grad()
 def _place(parameters: Mapping[str, nn.Parameter], centre: Weights, displacement: Weights) -> None:
     for name, v in displacement.items():
         parameters[name].copy_(centre[name] + v)
-
-
-@torch.no_grad()
-def _put_back(parameters: Mapping[str, nn.Parameter], centre: Weights) -> None:
-    for name, w in centre.items():
-        parameters[name].copy_(w)
 
 
 def _count_zeros(displacement: Weights) -> Tensor:

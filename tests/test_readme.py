@@ -1,0 +1,70 @@
+"""What the README says can be done is done here."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from records.generate import generated, pages
+from saltflat.lab.cli import parsed
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
+
+
+def test_the_python_blocks_run_one_after_the_other():
+    names: dict[str, object] = {}
+    for block in blocks("python"):
+        exec(block, names)
+    assert len(blocks("python")) == 2
+
+
+COMMANDS = [
+    line.partition("#")[0].strip()
+    for block in blocks("sh")
+    for line in block.splitlines()
+    if line.startswith("saltflat ")
+]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_commands_can_be_parsed(command):
+    assert callable(parsed(shlex.split(command)[1:]))
+
+
+def test_there_are_commands():
+    assert len(COMMANDS) >= 7
+
+
+def test_make_runs_the_plain_lines():
+    makefile = (ROOT / "Makefile").read_text()
+    pin = re.search(r"^TORCH \?= (\S+)$", makefile, re.MULTILINE)[1]
+    lines = [line for block in blocks("sh") for line in block.splitlines() if line.startswith("python3 -m venv")]
+    assert len(lines) == 2
+    for line in lines:
+        create, install, run = line.split(" && ")
+        assert create.replace("python3", "$(PYTHON)") in makefile
+        assert install.replace(".venv/bin", "$(BIN)").replace(pin, "$(TORCH)") in makefile
+        assert run.replace(".venv/bin", "$(BIN)") in makefile
+    for target in re.findall(r"^make (\S+)", "\n".join(blocks("sh")), re.MULTILINE):
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE)
+
+
+def test_links_lead_somewhere():
+    for name in ("README.md", "ARCHITECTURE.md", "CHANGELOG.md"):
+        for target in re.findall(r"\]\(([^)#]+)\)", (ROOT / name).read_text()):
+            assert target.startswith("https://") or (ROOT / target).exists(), f"{name}: {target}"
+
+
+@pytest.mark.parametrize("page", pages(), ids=lambda page: str(page.relative_to(ROOT)))
+def test_generated_blocks_are_fresh(page):
+    assert generated(page.read_text()) == page.read_text()
+
+
+def test_a_block_that_is_stale_is_noticed():
+    assert generated(README) == generated(generated(README).replace("±", "+"))
