@@ -1,20 +1,55 @@
-"""The page's sentences and tables as Markdown, for READMEs that are generated from records."""
+"""The page's sentences, figures and tables for READMEs generated from records: Markdown, with SVG files beside it."""
 
 from collections.abc import Sequence
 from pathlib import Path
 
+from saltflat.lab.report.plates import curves_plate, landscape_plates
 from saltflat.lab.report.runs import read_run
-from saltflat.lab.report.statistics import grouped
+from saltflat.lab.report.statistics import Group, grouped
 from saltflat.lab.report.tables import Table, accuracy_table, outcome_table, seeds_table
 from saltflat.lab.report.words import headline
 
 
 def summary(runs: Sequence[Path]) -> str:
-    """What the runs show, in sentences, then every table of accuracies; ends with a newline."""
-    groups = grouped([read_run(folder) for folder in runs])
-    sentences = [f"- {sentence.claim} {sentence.evidence}".rstrip() for sentence in headline(groups)]
+    """What the runs show, in sentences, then figures (the files of `figures`), then every table of accuracies."""
+    groups = _groups(runs)
+    plates = [
+        "\n".join([*(f"![{name}]({name}.svg)" for name in panels), "", caption]) for panels, caption in _plates(groups)
+    ]
     tables = [as_markdown(make(groups)) for make in (accuracy_table, seeds_table, outcome_table)]
-    return "\n\n".join(["\n".join(sentences), *tables]) + "\n"
+    return "\n\n".join([_sentences(groups), *plates, *tables])
+
+
+def brief(runs: Sequence[Path]) -> str:
+    """The sentences and the table of means alone."""
+    groups = _groups(runs)
+    return f"{_sentences(groups)}\n\n{as_markdown(accuracy_table(groups))}"
+
+
+def _sentences(groups: Sequence[Group]) -> str:
+    return "\n".join(f"- {sentence.claim} {sentence.evidence}".rstrip() for sentence in headline(groups))
+
+
+def figures(runs: Sequence[Path]) -> dict[str, str]:
+    """The SVG text of every figure by its name, on a white ground so that it can be seen on any page."""
+    return {name: _on_white(svg) for panels, _ in _plates(_groups(runs)) for name, svg in panels.items()}
+
+
+def _on_white(svg: str) -> str:
+    opened = svg.index(">", svg.index("<svg")) + 1
+    return f'{svg[:opened]}<rect width="100%" height="100%" fill="#fff"/>{svg[opened:]}\n'
+
+
+def _plates(groups: Sequence[Group]) -> list[tuple[dict[str, str], str]]:
+    """Each plate as its panels by name, and its caption."""
+    curves, landscapes = curves_plate(groups), landscape_plates(groups)[0]
+    plates = [("curves", curves)] if curves else []
+    plates += [(f"landscape-{plate.title.removeprefix('Weights: ')}", plate) for plate in landscapes]
+    return [({f"{name}-{i}": str(svg) for i, svg in enumerate(plate.panels)}, plate.caption) for name, plate in plates]
+
+
+def _groups(runs: Sequence[Path]) -> list[Group]:
+    return grouped([read_run(folder) for folder in runs])
 
 
 def as_markdown(table: Table) -> str:
