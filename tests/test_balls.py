@@ -247,6 +247,13 @@ def test_the_box_holds_for_projections_and_samples(ball, shape):
         assert is_member(Case("", ball, x, by_example(ball.radius), math.inf if isinstance(ball, Linf) else 2), v, 1e-6)
 
 
+@pytest.mark.parametrize("ball", [Linf(0.3), L2(0.7), L2(0.3, None), Linf(0.3, None)])
+def test_projections_of_anything_are_idempotent(ball):
+    x = torch.rand(50, 3, 2, 2, dtype=torch.float64)
+    once = ball.project(torch.randn_like(x), x)
+    assert torch.allclose(ball.project(once, x), once, rtol=1e-12, atol=1e-12)
+
+
 def test_linf_projection_with_a_box_is_the_nearest_point_of_the_intersection():
     ball, x = Linf(0.3), torch.tensor([[0.1, 0.5, 0.95]], dtype=torch.float64)
     assert torch.allclose(

@@ -4,6 +4,7 @@ import ast
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,9 +18,10 @@ import pyarrow.parquet
 import pytest
 from PIL import Image
 
-from saltflat.lab import config, record
+from saltflat.lab import build, checkpoints, config, jobs, record
 from saltflat.lab.cli import main, parsed
 from saltflat.lab.recipes import RECIPES
+from saltflat.train import Epoch, fit
 
 QUICK = [
     "--data.examples", "60", "--data.validation-examples", "20", "--optimizer.epochs", "2", "--model.width", "4",
@@ -51,7 +53,8 @@ def test_train_evaluate_landscape_report(trained, tmp_path, capsys):
     assert [line["gamma"] for line in record.read_metrics(awp)] == [0.01, 0.01]
 
     run("evaluate", at, "--examples", "40", "--attacks", "clean", "pgd-3", "cw-3", "fgsm")
-    run("evaluate", at / "checkpoints" / "last.safetensors", "--examples", "40", "--eps", "4/255", "--norm", "L2")
+    threat = ("--eps", "4/255", "--step-size", "1/255", "--norm", "L2")
+    run("evaluate", at / "checkpoints" / "last.safetensors", "--examples", "40", *threat)
     summaries = [json.loads(path.read_text()) for path in (at / "outcomes").glob("*.json")]
     assert {summary["checkpoint"] for summary in summaries} == {"best", "last"}
     assert any("L2, eps 4/255" in row["description"] for summary in summaries for row in summary["attacks"])
@@ -156,8 +159,13 @@ def bad_inputs(folder: Path) -> dict[str, tuple[list[str], str]]:
             ["train", "--resume", str(folder / "nowhere")],
             "run: expected a run folder with a config.yaml",
         ),
-        "report on nothing": (["report"], "runs: expected at least one run folder"),
+        "report on nothing": (["report"], "runs: expected at least 1, got none"),
         "report on no run": (["report", str(folder / "taken")], str(folder / "taken")),
+        "one image for BatchNorm": (
+            [*train, "--model.name", "small-resnet", "--data.examples", "61", "--optimizer.batch-size", "20"],
+            "optimizer.batch_size: 61 images in batches of 20 leave one of a single image",
+        ),
+        "device of another kind": ([*train, "--device", "meta"], "device: expected auto or one of cpu"),
         "even points": (["landscape", str(folder), "--points", "4"], "points: expected an odd number >= 3, got 4"),
         "unknown split": (["evaluate", str(folder), "--split", "tset"], "'--split'. Expected one of"),
     }
@@ -186,6 +194,8 @@ NAMES = [
     "resume of nothing",
     "report on nothing",
     "report on no run",
+    "one image for BatchNorm",
+    "device of another kind",
     "even points",
     "unknown split",
 ]
@@ -221,6 +231,16 @@ def test_a_checkpoint_of_another_architecture_is_refused(trained, tmp_path, caps
         ),
         (["evaluate", trained[0], "--checkpoint", "first"], "checkpoint: expected one of best, last"),
         (["evaluate", trained[0], "--attacks", "pgd"], "attacks: expected clean, fgsm, pgd-K or cw-K"),
+        (["evaluate", trained[0], "--norm", "L2"], "norm: another norm than the run's Linf needs its own --eps"),
+        (
+            ["evaluate", trained[0], "--batch-size", "0"],
+            "batch_size: input should be greater than or equal to 1, got 0",
+        ),
+        (["evaluate", trained[0], "--attacks"], "attacks: expected at least 1, got none"),
+        (["landscape", trained[0], "--reach", "nan"], "reach: input should be a finite number"),
+        (["landscape", trained[0], "--directions", "0"], "directions: input should be greater than or equal to 1"),
+        (["report", trained[0], "--out", tmp_path], "out: expected a file, got the folder"),
+        (["demo", "--out", tmp_path, "--seeds", "0"], "seeds: input should be greater than or equal to 1, got 0"),
         (
             ["evaluate", trained[0], "--examples", "9999"],
             "examples: expected at most the 597 of the test split, got 9999",
@@ -233,6 +253,82 @@ def test_a_checkpoint_of_another_architecture_is_refused(trained, tmp_path, caps
         assert stop.value.code == 2
         assert words in printed
         assert printed.count("\n") == 1
+
+
+def test_attacks_seeds_steps_and_weights_are_told_apart(trained, tmp_path):
+    """cw is not pgd, another step size or seed is another attack, and foreign weights never pass as the run's own."""
+    run("train", "at", *QUICK, "--seed", "5", "--out", tmp_path / "run")
+    outcomes, found = tmp_path / "run" / "outcomes", {}
+    commands = {
+        "plain": ["--attacks", "pgd-3", "cw-3"],
+        "seed": ["--attacks", "pgd-3", "--seed", "1"],
+        "step": ["--attacks", "pgd-3", "--step-size", "0.001"],
+        "foreign": ["--attacks", "pgd-3", "--weights", trained[0] / "checkpoints" / "last.safetensors"],
+    }
+    for name, words in commands.items():
+        before = set(outcomes.glob("*.npz"))
+        run("evaluate", tmp_path / "run", "--examples", "60", "--checkpoint", "last", *words)
+        (new,) = set(outcomes.glob("*.npz")) - before
+        found[name] = np.load(new)
+    losses = [found[name]["pgd-3_loss"] for name in commands] + [found["plain"]["cw-3_loss"]]
+    assert len({loss.tobytes() for loss in losses}) == 5
+    names = {json.loads(path.read_text())["checkpoint"] for path in outcomes.glob("*.json")}
+    assert names == {"last", str(trained[0] / "checkpoints" / "last.safetensors")}
+
+
+def test_a_question_that_was_answered_is_not_asked_again(trained, capsys):
+    words = ("evaluate", trained[1], "--examples", "30", "--attacks", "clean")
+    run(*words)
+    before = {path: path.stat().st_mtime_ns for path in (trained[1] / "outcomes").iterdir()}
+    capsys.readouterr()
+    run(*words)
+    assert "already there" in capsys.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in (trained[1] / "outcomes").iterdir()} == before
+
+
+def test_the_clean_curve_of_a_landscape_is_clean(trained):
+    run("landscape", trained[0], "--points", "3", "--examples", "25", "--steps", "3", "--reach", "0.1")
+    all_found = [json.loads(path.read_text()) for path in (trained[0] / "landscapes").iterdir()]
+    (found,) = [each for each in all_found if each["n"] == 25]
+    for curve in found["curves"]:
+        assert all(robust > clean for robust, clean in zip(curve["robust_loss"], curve["clean_loss"], strict=True))
+
+
+def test_a_run_without_its_state_is_not_begun_anew(trained, tmp_path, capsys):
+    shutil.copytree(trained[0], tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
+    with pytest.raises(SystemExit) as stop:
+        run("train", "--resume", tmp_path / "run")
+    assert stop.value.code == 2
+    assert "has 2 epochs but no resume.pt to go on from" in capsys.readouterr().err
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
+
+
+def test_metrics_of_an_epoch_without_its_state_are_dropped(tmp_path):
+    """Killed between the two writes: the epoch is made again, and stands there once."""
+    run("train", "at", *QUICK, "--out", tmp_path / "run")
+    folder, whole = tmp_path / "run", (tmp_path / "run" / "checkpoints" / "last.safetensors").read_bytes()
+    settings = record.read_config(folder)
+    ready = jobs._ready(settings)
+    training = fit(
+        ready.model, ready.sets.train, ready.sets.measured, build.plan(settings), build.optimizer(settings, ready.model)
+    )
+    first = next(event for event in training if isinstance(event, Epoch))
+    checkpoints.save_state(folder / "checkpoints" / "resume.pt", first.state)
+    run("train", "--resume", folder)
+    assert [line["epoch"] for line in record.read_metrics(folder)] == [1, 2]
+    assert (folder / "checkpoints" / "last.safetensors").read_bytes() == whole
+
+
+def test_paths_may_be_odd(trained, tmp_path, monkeypatch, capsys):
+    run("train", "at", *QUICK, "--optimizer.epochs", "1", "--out", tmp_path / "a[/red]:smile: b")
+    assert "a[/red]:smile: b" in capsys.readouterr().out
+    monkeypatch.chdir(trained[0] / "checkpoints")
+    run("evaluate", "last.safetensors", "--examples", "20", "--attacks", "clean")
+    monkeypatch.chdir(trained[0])
+    run("report", ".", f"{trained[1]}/", "--out", tmp_path / "page.html")
+    assert (tmp_path / "page.html").is_file()
 
 
 @pytest.mark.parametrize(
@@ -252,7 +348,7 @@ def test_help_does_not_wait_for_torch(words):
 def test_every_field_says_what_it_is(capsys):
     """A docstring under each field of the config, which the help shows."""
     classes = [node for node in ast.parse(Path(config.__file__).read_text()).body if isinstance(node, ast.ClassDef)]
-    for node in classes[:-1]:  # the last holds the others
+    for node in classes[1:-1]:  # the first is an error, the last holds the others
         fields = [i for i, line in enumerate(node.body) if isinstance(line, ast.AnnAssign)][1:]
         assert fields
         for i in fields:

@@ -18,7 +18,7 @@ def images():
     return test.subset(stratified_subset(test.labels, 90, 0))
 
 
-def test_outcomes_do_not_depend_on_batches_or_order(images):
+def test_outcomes_do_not_depend_on_batches(images):
     model = mlp().double()
     attack = PGD(Linf(0.1), 0.025, 5)
     whole = outcomes(model, images, attack, seed=1)

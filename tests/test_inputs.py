@@ -114,6 +114,23 @@ def test_draws_of_an_example_do_not_depend_on_its_batch():
     assert torch.allclose(whole[5:6], part, atol=1e-12)
 
 
+def test_a_batch_that_asks_for_gradients_gets_a_detached_answer():
+    x = torch.rand(2, 3, requires_grad=True)
+    assert not PGD(Linf(0.1), 0.05, 2)(lambda x_adv: x_adv.sum(1), x).requires_grad
+    assert x.grad is None
+
+
+def test_starts_are_what_they_say():
+    x, ball = torch.full((2000, 3, 2, 2), 0.5), Linf(8 / 255)
+    noise = gaussian(1e-3)(ball, x, torch.Generator().manual_seed(0))
+    assert noise.std().item() == pytest.approx(1e-3, rel=0.02)
+    assert abs(noise.mean().item()) < 5e-5
+    spread = uniform(ball, x, torch.Generator().manual_seed(0))
+    assert spread.abs().max().item() == pytest.approx(8 / 255, rel=1e-3)
+    assert spread.abs().mean().item() == pytest.approx(4 / 255, rel=0.02)
+    assert not zero(ball, x).any()
+
+
 def test_works_under_no_grad():
     model, (x, y) = convolutional().eval(), batch()
     with torch.no_grad():

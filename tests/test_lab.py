@@ -12,7 +12,9 @@ from hypothesis import strategies as st
 from networks import equal_states, state
 from torch import nn
 
-from saltflat.data import Images
+from saltflat import AT, L2, MART, TRADES, Layerwise, Linf, Natural
+from saltflat.data import Images, crop_flip
+from saltflat.inputs import uniform, zero
 from saltflat.lab import build, checkpoints, record
 from saltflat.lab.config import Awp, Data, Model, Train, as_text, checked, from_text, number, shown
 from saltflat.lab.recipes import RECIPES, described
@@ -156,7 +158,7 @@ def test_devices_that_are_not_there_are_refused():
 
 def test_a_run_folder_is_made_once(tmp_path):
     folder = tmp_path / "run"
-    record.create(folder, Train(), record.environment("cpu", 1), {"attack": "PGD"})
+    record.create(folder, Train(), record.environment("cpu", 1, None), {"attack": "PGD"})
     assert record.read_config(folder) == Train()
     assert yaml.safe_load((folder / "config.yaml").read_text())["attack"]["eps"] == "8/255"
     environment = json.loads((folder / "environment.json").read_text())
@@ -213,22 +215,157 @@ def test_weights_come_back_and_strange_files_are_refused(tmp_path):
         checkpoints.load_weights(tmp_path / "none", other)
 
 
-def test_no_code_in_a_state_is_run(tmp_path):
+def whole_state(model, **other):
+    state = {
+        "model": model.state_dict(),
+        "optimizer": {},
+        "average": None,
+        "random": torch.get_rng_state(),
+        "random_cuda": None,
+    }
+    return {**state, "step": 1, "epoch": 1, "best": 0.5, **other}
+
+
+def test_states_come_back_and_those_that_do_not_fit_are_refused(tmp_path):
     class Evil:
         def __reduce__(self):
             return (open, (str(tmp_path / "ran"), "w"))
 
-    torch.save({"state": Evil()}, tmp_path / "resume.pt")
-    with pytest.raises(ValueError, match="run: cannot go on from"):
-        checkpoints.load_state(tmp_path / "resume.pt")
+    model, path = nn.Linear(3, 2), tmp_path / "resume.pt"
+    checkpoints.save_state(path, whole_state(model))
+    assert checkpoints.load_state(path, model, averaged=False)["best"] == 0.5
+    with pytest.raises(ValueError, match=r"does not fit optimizer\.average"):
+        checkpoints.load_state(path, model, averaged=True)
+    with pytest.raises(ValueError, match="of another architecture: 'weight' has shape"):
+        checkpoints.load_state(path, nn.Linear(4, 2), averaged=False)
+    path.write_bytes(path.read_bytes()[:100])
+    bad = [{"state": Evil()}, {"epoch": 3}, torch.ones(2), whole_state(model, more=1)]
+    for content in (None, *bad):
+        if content is not None:
+            torch.save(content, path)
+        with pytest.raises(ValueError, match=r"run: cannot go on from") as error:
+            checkpoints.load_state(path, model, averaged=False)
+        assert "\n" not in str(error.value)
     assert not (tmp_path / "ran").exists()
-    checkpoints.save_state(tmp_path / "good.pt", {"a": torch.ones(2), "n": 3})
-    assert checkpoints.load_state(tmp_path / "good.pt")["n"] == 3
-    (tmp_path / "cut.pt").write_bytes((tmp_path / "good.pt").read_bytes()[:100])
-    with pytest.raises(ValueError, match="run: cannot go on from"):
-        checkpoints.load_state(tmp_path / "cut.pt")
 
 
 def test_digests_tell_settings_apart():
     assert record.digest({"a": 1, "b": 2}) == record.digest({"b": 2, "a": 1}) != record.digest({"a": 1, "b": 3})
     assert np.isscalar(len(record.digest({})))
+
+
+WIRING = {
+    "optimizer.epochs": (7, lambda of: of.plan.epochs == 7),
+    "optimizer.batch_size": (7, lambda of: of.plan.batch_size == 7),
+    "optimizer.average": (0.5, lambda of: of.plan.average == 0.5),
+    "optimizer.momentum": (0.5, lambda of: of.group["momentum"] == 0.5),
+    "optimizer.weight_decay": (0.5, lambda of: of.group["weight_decay"] == 0.5),
+    "optimizer.learning_rate": (0.5, lambda of: of.plan.learning_rate(0) == 0.5),
+    "optimizer.schedule": (
+        "cosine",
+        lambda of: of.plan.learning_rate(1) == 0 < of.plan.learning_rate(0.5) < of.plan.learning_rate(0),
+    ),
+    "optimizer.warmup": (10, lambda of: of.plan.learning_rate(0.05) == 0.1 * 0.05 / (10 / 60)),
+    "optimizer.clean_forward": ("after", lambda of: of.plan.clean_forward),
+    "awp.gamma": (0.5, lambda of: of.plan.ball(0) == Layerwise(0.5)),
+    "awp.warmup": (30, lambda of: of.plan.ball(0.49) is None and of.plan.ball(0.5) == Layerwise(0.01)),
+    "awp.steps": (3, lambda of: of.plan.steps == 3),
+    "awp.step_size": (0.5, lambda of: of.plan.step_size == 0.5),
+    "awp.alternations": (3, lambda of: of.plan.alternations == 3),
+    "awp.step_inside": (True, lambda of: of.plan.step_inside),
+    "attack.norm": ("L2", lambda of: isinstance(of.attack.ball, L2) and isinstance(of.plan.measure.ball, L2)),
+    "attack.eps": (0.5, lambda of: of.attack.ball.radius == of.plan.measure.ball.radius == 0.5),
+    "attack.step_size": (0.5, lambda of: of.attack.step_size == of.plan.measure.step_size == 0.5),
+    "attack.steps": (7, lambda of: of.attack.steps == 7 and of.plan.measure.steps == 10),
+    "attack.start": ("zero", lambda of: of.attack.start is zero and of.plan.measure.start is uniform),
+    "attack.mode": ("train", lambda of: of.plan.attack_mode == "train"),
+    "attack.final_forward": (True, lambda of: isinstance(of.attack, build.FinalForwardToo)),
+    "objective.name": ("trades", lambda of: of.plan.objective(0) == TRADES(6.0)),
+    "objective.beta": (
+        3.0,
+        lambda of: (
+            build.objective(replace(of.config, objective=replace(of.config.objective, name="mart"))) == MART(3.0)
+        ),
+    ),
+    "evaluation.steps": (7, lambda of: of.plan.measure.steps == 7),
+    "evaluation.batch_size": (7, lambda of: of.plan.measure_batch_size == 7),
+    "seed": (7, lambda of: of.plan.seed == 7),
+    "data.augment": ("crop-flip", lambda of: not torch.equal(of.augmented, IMAGES.images)),
+}
+
+
+class Built:
+    def __init__(self, config):
+        self.config, self.plan = config, build.plan(config)
+        self.attack = self.plan.attack(0)
+        self.group = build.optimizer(config, nn.Linear(2, 2)).param_groups[0]
+        self.augmented = self.plan.augment(IMAGES.images, torch.Generator().manual_seed(0))
+
+
+def with_field(config, field, value):
+    if "." not in field:
+        return replace(config, **{field: value})
+    section, name = field.split(".")
+    return replace(config, **{section: replace(getattr(config, section), **{name: value})})
+
+
+PLAIN = Train(data=Data(name="parquet", path="x"), awp=Awp(gamma=0.01))
+
+
+@pytest.mark.parametrize("field", WIRING)
+def test_every_field_reaches_what_it_is_about(field):
+    value, holds = WIRING[field]
+    assert not holds(Built(PLAIN))
+    assert holds(Built(with_field(PLAIN, field, value)))
+
+
+def test_the_other_choices():
+    assert Built(with_field(PLAIN, "optimizer.schedule", "cyclic")).plan.learning_rate(0.4) == 0.1
+    assert Built(with_field(PLAIN, "optimizer.schedule", "constant")).plan.learning_rate(1) == 0.1
+    assert Built(PLAIN).plan.learning_rate(0.75) == pytest.approx(0.001)
+    natural = Built(with_field(PLAIN, "objective.name", "natural"))
+    assert natural.attack is None
+    assert natural.plan.objective(0) == Natural()
+    assert Built(PLAIN).plan.objective(0) == AT()
+    starts = {name: Built(with_field(PLAIN, "attack.start", name)).attack.start for name in ("uniform", "gaussian")}
+    assert starts["uniform"] is uniform
+    noise = starts["gaussian"](Linf(0.1), torch.zeros(10_000, 1), torch.Generator().manual_seed(0))
+    assert noise.std().item() == pytest.approx(1e-3, rel=0.05)
+    for mode in ("zero", "reflect"):
+        of = Built(with_field(with_field(PLAIN, "data.augment", "crop-flip"), "data.padding_mode", mode))
+        expected = crop_flip(IMAGES.images, padding=4, mode=mode, generator=torch.Generator().manual_seed(0))
+        assert torch.equal(of.augmented, expected)
+
+
+@pytest.mark.parametrize(
+    ("model", "parameters"),
+    [
+        (Model("mlp", width=16), 64 * 3 * 16 + 16 + 16 * 16 + 16 + 16 * 10 + 10),
+        (Model("small-resnet", width=8), None),
+        (Model("small-cnn", width=8), None),
+        (Model("wide-resnet", depth=10, widen_factor=1), None),
+        (Model("preact-resnet18"), 11_172_170),
+    ],
+    ids=lambda value: getattr(value, "name", ""),
+)
+def test_networks_are_built_to_size(model, parameters):
+    made = build.network(Train(model=model), IMAGES)
+    count = sum(parameter.numel() for parameter in made.parameters())
+    assert parameters is None or count == parameters
+    assert made(torch.rand(2, 3, 8, 8)).shape == (2, 10)
+    if model.width:
+        assert (
+            sum(
+                p.numel()
+                for p in build.network(Train(model=replace(model, width=2 * model.width)), IMAGES).parameters()
+            )
+            > 2 * count
+        )
+
+
+def test_input_normalisation_stands_in_the_network():
+    config = Train(model=Model("mlp", mean=(0.1, 0.2, 0.3), std=(0.5, 0.5, 0.25)))
+    x = torch.rand(2, 3, 8, 8)
+    scaled = (x - torch.tensor([0.1, 0.2, 0.3]).view(3, 1, 1)) / torch.tensor([0.5, 0.5, 0.25]).view(3, 1, 1)
+    plain = build.network(Train(model=Model("mlp")), IMAGES)
+    torch.testing.assert_close(build.network(config, IMAGES)(x), plain(scaled))

@@ -45,11 +45,17 @@ def test_seeds_ids_and_draws_all_matter():
         assert abs(torch.corrcoef(torch.cat([first, uniform(like, other)]))[0, 1]) < 0.15
 
 
-def test_half_precision_draws_are_the_rounded_ones():
-    like = torch.zeros(3, 4)
-    ids = torch.arange(3)
-    full, half = (uniform(like.to(dtype), PerExample(0, ids)) for dtype in (torch.float32, torch.bfloat16))
-    assert torch.equal(full.bfloat16(), half)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_draws_are_the_rounded_ones_and_stay_below_1(dtype):
+    like = torch.zeros(300, 400)
+    ids = torch.arange(300)
+    full, half = (uniform(like.to(kind), PerExample(0, ids)) for kind in (torch.float32, dtype))
+    assert half.dtype == dtype
+    assert half.max() < 1
+    assert torch.equal(full.to(dtype)[half < half.max()], half[half < half.max()])
+    normals = normal(like.to(dtype), PerExample(0, ids))
+    assert normals.isfinite().all()
+    assert abs(normals.float().std() - 1) < 0.02
 
 
 def test_derived_seeds_differ_and_fit_torch():

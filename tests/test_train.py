@@ -12,7 +12,7 @@ from saltflat.data import crop_flip, digits, stratified_subset, to_float
 from saltflat.evaluation import outcomes
 from saltflat.models import mlp, small_resnet
 from saltflat.schedules import constant, from_progress, piecewise
-from saltflat.train import Epoch, Measuring, Plan, Stepped, fit, gap
+from saltflat.train import Epoch, Measuring, Plan, Stepped, fit, gap, measure
 
 ATTACK = PGD(Linf(0.15), 0.0375, 3)
 PLAN = Plan(
@@ -167,14 +167,27 @@ def test_losses_that_are_not_finite_stop_with_one_line(data):
 
 
 def test_modes_and_missing_sets(data):
+    """Every module has its own mode between epochs, also if the training is given up in the middle of one."""
     model = network().eval()
-    found = [
-        event for event in fit(model, data[0], {}, replace(PLAN, epochs=1), sgd(model)) if isinstance(event, Epoch)
-    ]
-    assert not model.training
-    assert found[0].metrics["gap"] is None
-    assert not found[0].best
+    model[0].train()
+    modes = [module.training for module in model.modules()]
+    training = fit(model, data[0], {}, replace(PLAN, epochs=2), sgd(model))
+    for event in training:
+        if isinstance(event, Epoch):
+            assert [module.training for module in model.modules()] == modes
+            assert event.metrics["gap"] is None
+            assert not event.best
+        if isinstance(event, Stepped) and event.step == 4:
+            assert all(module.training for module in model.modules())
+            training.close()
+    assert [module.training for module in model.modules()] == modes
     assert gap({"train": {"robust_accuracy": 0.5, "robust_loss": 1.0}}) is None
+
+
+def test_the_measurements_starts_follow_the_seed(data):
+    model, plan = network(), replace(PLAN, measure=PGD(Linf(0.15), 0.001, 1))
+    losses = {measure(model, data[1]["test"], replace(plan, seed=seed))["robust_loss"] for seed in (0, 0, 1)}
+    assert len(losses) == 2
 
 
 def test_weights_come_from_the_objective_of_their_time(data):

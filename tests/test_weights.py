@@ -8,6 +8,7 @@ from oracles.proxy_awp import at_loss, proxy_displacement, trades_loss
 from torch import nn
 
 from saltflat import AT, TRADES, Filterwise, Global, Layerwise, displaced, gradient, perturbed
+from saltflat.weights import _surely
 
 
 def closure(model, objective=None, seed=0):
@@ -174,7 +175,7 @@ def test_a_weight_changed_in_the_block_is_an_error_and_w_is_back():
     model = convolutional()
     *_, outer = closure(model)
     before, optimizer = state(model), torch.optim.SGD(model.parameters(), lr=0.1)
-    with pytest.raises(RuntimeError, match=r"changed inside `perturbed`.*step_inside=True"):  # noqa: SIM117
+    with pytest.raises(RuntimeError, match=r"changed inside `perturbed`.*step_inside=True"):
         with perturbed(model, outer, Layerwise(0.1)):
             outer().backward()
             optimizer.step()
@@ -186,6 +187,110 @@ def test_a_weight_changed_in_the_block_is_an_error_and_w_is_back():
 def micro_batches(model, x, y, size):
     pairs = zip(x.split(size), y.split(size), strict=True)
     return [lambda a=a, b=b: AT().outer(model, a, a, b) * len(a) / len(x) for a, b in pairs]
+
+
+@pytest.mark.parametrize("make", [torch.optim.SGD, torch.optim.AdamW])
+@pytest.mark.parametrize("kind", [{}, {"foreach": True}, {"fused": True}], ids=["loop", "foreach", "fused"])
+def test_no_optimiser_steps_inside_unnoticed(make, kind):
+    model = convolutional().float()
+    before, optimizer = state(model), make(model.parameters(), lr=0.1, **kind)
+    x = torch.rand(2, 3, 6, 6)
+    with pytest.raises(RuntimeError, match=r"was changed inside `perturbed`"):
+        with perturbed(model, lambda: model(x).square().sum(), Layerwise(0.1)):
+            model(x).square().sum().backward()
+            optimizer.step()
+    assert torch.equal(model[0].weight, before["0.weight"])
+    optimizer.step()  # the hook is gone
+    other = nn.Linear(2, 2)
+    with perturbed(model, lambda: model(x).square().sum(), Layerwise(0.1)):
+        other(torch.rand(1, 2)).sum().backward()
+        make(other.parameters(), lr=0.1, **kind).step()  # other models may step
+
+
+def test_a_loss_that_reaches_nothing_and_names_that_are_none_are_refused():
+    model, other = convolutional().float(), convolutional().float()
+    before, x = state(model), torch.rand(2, 3, 6, 6)
+    for loss, more, words in (
+        (lambda: other(x).sum(), {}, "loss: reaches none of the 3 weights"),
+        ({}, {}, "loss: reaches none of the 3 weights"),
+        ({"module.0.weight": model[0].weight}, {}, "loss: 'module.0.weight' is none of the 3 weights"),
+        (lambda: model(x).sum(), {"start": {"1.weight": x}}, "start: '1.weight' is none of the 3 weights"),
+        (lambda: model(x).sum(), {"steps": 0}, "steps: expected an integer >= 1, got 0"),
+        (lambda: model(x).sum(), {"step_size": -1.0}, "step_size: expected a finite number >= 0, got -1.0"),
+    ):
+        with pytest.raises(ValueError, match=words), perturbed(model, loss, Layerwise(0.1), **more):
+            pass
+    assert equal_states(
+        {n: t for n, t in state(model).items() if "weight" in n}, {n: t for n, t in before.items() if "weight" in n}
+    )
+
+
+def test_a_grad_whose_storage_the_backward_reuses_keeps_its_content():
+    """As a bucket of DistributedDataParallel would: the old `.grad` is written to while it is set aside."""
+    model = nn.Linear(3, 2)
+    model(torch.rand(4, 3)).sum().backward()
+    grad, content = model.weight.grad, model.weight.grad.clone()
+
+    def loss():
+        grad.zero_()
+        return model(torch.rand(4, 3)).square().sum()
+
+    gradient(model, loss)
+    assert model.weight.grad is grad
+    assert torch.equal(grad, content)
+
+
+def test_a_buffer_that_the_first_forward_makes_is_gone_again():
+    class Lazy(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(2, 2)
+            self.register_buffer("cache", None)
+
+        def forward(self, x):
+            self.cache = x.detach() if self.cache is None else self.cache
+            return self.linear(x)
+
+    model = Lazy()
+    gradient(model, lambda: model(torch.rand(1, 2)).sum())
+    assert model.cache is None
+
+
+def test_what_is_being_put_back_is_put_back_despite_an_interrupt():
+    done, calls = [], []
+
+    def put_back():
+        calls.append(1)
+        for part in range(3):
+            if len(calls) == 1 and part == 1:
+                raise KeyboardInterrupt
+            done.append(part)
+
+    with pytest.raises(KeyboardInterrupt):
+        _surely(put_back)
+    assert done == [0, 0, 1, 2]
+
+
+def test_a_climb_whose_steps_reach_different_tensors_stays_in_the_global_ball():
+    model, calls = nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 2)]), []
+
+    def loss():
+        calls.append(1)
+        return model[len(calls) % 2](torch.ones(1, 2)).square().sum()
+
+    with perturbed(model, loss, Global(1.0), steps=2, step_size=1.0) as ascent:
+        assert sum(v.norm() ** 2 for v in ascent.displacement.values()).sqrt() <= 1 + 1e-6
+
+
+def test_skipped_counts_over_all_steps():
+    model, calls = nn.Linear(3, 2), []
+
+    def loss():
+        calls.append(1)
+        return model(torch.ones(1, 3)).sum() * (torch.nan if len(calls) == 2 else 1.0)
+
+    with perturbed(model, loss, Layerwise(0.1), steps=3) as ascent:
+        assert ascent.skipped.item() == 1
 
 
 def test_micro_batches_climb_their_sum():
@@ -243,7 +348,7 @@ def test_a_gradient_at_hand_is_climbed_as_it_is():
     with perturbed(model, g, Layerwise(0.01)) as ascent:
         assert all(torch.equal(ascent.displacement[name], v[name]) for name in v)
         assert ascent.value is None
-    with pytest.raises(ValueError, match="a gradient at hand allows one step, got 2"):  # noqa: SIM117
+    with pytest.raises(ValueError, match="a gradient at hand allows one step, got 2"):
         with perturbed(model, g, Layerwise(0.01), steps=2):
             pass
 
@@ -280,7 +385,7 @@ def test_selection_tied_frozen_and_unreached_tensors():
     assert gradient(model, loss).keys() == {"embed.weight"}
     with perturbed(model, loss, Layerwise(0.1), where=lambda name, p: name == "frozen.weight" or p.ndim == 2) as ascent:
         assert not ascent.displacement["frozen.weight"].any()
-    with pytest.raises(ValueError, match="where: chose none of the model's 5 parameters"):  # noqa: SIM117
+    with pytest.raises(ValueError, match="where: chose none of the model's 5 parameters"):
         with perturbed(model, loss, Layerwise(0.1), where=lambda name, p: False):
             pass
 

@@ -240,18 +240,18 @@ class Global:
 
     def steepest(self, gradient: Weights, centre: Weights) -> dict[str, Tensor]:
         """v = radius * g / ‖g‖_2."""
-        return _split(_unit(_joined(gradient)) * self._limit(gradient, centre), gradient)
+        return _split(_unit(_joined(gradient)) * self._limit(centre), gradient)
 
     def project(self, displacement: Weights, centre: Weights) -> dict[str, Tensor]:
         """Scale all tensors by one factor."""
-        return _split(_shrink(_joined(displacement), self._limit(displacement, centre)), displacement)
+        return _split(_shrink(_joined(displacement), self._limit(centre)), displacement)
 
     def sample(self, centre: Weights, generator: Generator = None, surface: bool = False) -> dict[str, Tensor]:
         """Uniform in the ball, or on the sphere."""
-        return _split(_sample_rows(_joined(centre), generator, surface) * self._limit(centre, centre), centre)
+        return _split(_sample_rows(_joined(centre), generator, surface) * self._limit(centre), centre)
 
-    def _limit(self, names: Weights, centre: Weights) -> Tensor | float:
-        return self.radius * _norm(_joined({name: centre[name] for name in names})) if self.relative else self.radius
+    def _limit(self, centre: Weights) -> Tensor | float:
+        return self.radius * _norm(_joined(centre)) if self.relative else self.radius
 
 
 # Below, every norm is taken over the second dimension of a matrix: a row is whatever has a radius of its own.

@@ -94,8 +94,8 @@ class PGD:
         Returns: x_adv (N, ...), detached, in the ball and in the box. Changes nothing but the generator, and buffers
             if f's model is in train mode.
         """
-        # Type: ignore[type-var]  # balls are dataclasses
         ball, step = self.ball, replace(self.ball, radius=self.step_size)
+        x = x.detach()
         v = self.start(ball, x, generator) if start is None else start.detach() - x
         x_adv = x + v if start is None else start.detach()
         for _ in range(self.steps):

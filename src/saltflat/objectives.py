@@ -81,8 +81,8 @@ def margin(logits: Tensor, y: Tensor) -> Tensor:
     >>> margin(torch.tensor([[1.0, 3.0, 2.0]]), torch.tensor([1]))
     tensor([-1.])
     """
-    own = F.one_hot(_classes(y, "margin"), logits.shape[1]).bool()
-    return logits.masked_fill(own, -torch.inf).amax(1) - logits[own]
+    own = _classes(y, "margin")[:, None]
+    return logits.scatter(1, own, -torch.inf).amax(1) - logits.gather(1, own)[:, 0]
 
 
 def log_probabilities(logits: Tensor) -> Tensor:
@@ -170,6 +170,8 @@ class MART:
     def outer(self, model: nn.Module, x: Any, x_adv: Any, y: Tensor) -> Tensor:
         y = _classes(y, "MART")
         clean, attacked = model(x), model(x_adv)
+        if clean.shape[1] < 2:
+            raise ValueError(f"logits: MART needs at least two classes, got {clean.shape[1]}")
         log_clean, log_attacked = log_probabilities(clean), log_probabilities(attacked)
         wrongness = -log_clean.gather(1, y[:, None])[:, 0].expm1()  # 1 - p_y
         return (ce(attacked, y) - _log_one_minus_largest_wrong(log_attacked, y)).mean() + self.beta * (

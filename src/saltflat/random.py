@@ -48,8 +48,7 @@ class PerExample:
         if len(shape) == 0 or shape[0] != len(self.ids):
             raise ValueError(f"shape: the first dimension must be the {len(self.ids)} ids, got {tuple(shape)}")
         self.draws += 1
-        key = torch.tensor(derived_seed(self.seed, self.draws), device=device)
-        row = _mix(key ^ _mix(self.ids.to(device)))
+        row = _mix(_mix(self.ids.to(device)) ^ derived_seed(self.seed, self.draws))
         column = torch.arange(1, math.prod(shape[1:]) + 1, device=device)
         hashed = _mix(row[:, None] + column * GOLDEN)
         return _shift_right(hashed, 64 - BITS).reshape(tuple(shape))
@@ -61,7 +60,8 @@ Generator = torch.Generator | PerExample | None
 def uniform(like: Tensor, generator: Generator = None) -> Tensor:
     """Uniform numbers in [0, 1), of the shape, dtype and device of `like`; advances the generator."""
     if isinstance(generator, PerExample):
-        return generator.bits(like.shape, like.device).to(like.dtype).div(2**BITS)
+        u = generator.bits(like.shape, like.device).to(_wide(like.dtype)).div(2**BITS).to(like.dtype)
+        return u.clamp(max=1 - torch.finfo(like.dtype).eps / 2)  # half precision may have rounded up to 1
     return torch.rand(like.shape, dtype=like.dtype, device=like.device, generator=generator)
 
 
@@ -73,7 +73,7 @@ def normal(like: Tensor, generator: Generator = None) -> Tensor:
     absolute value.
     """
     if isinstance(generator, PerExample):
-        dtype = torch.promote_types(like.dtype, torch.float32)
+        dtype = _wide(like.dtype)
         u1 = generator.bits(like.shape, like.device).to(dtype).add(1).div(2**BITS)
         u2 = generator.bits(like.shape, like.device).to(dtype).div(2**BITS)
         return u1.log().mul(-2).sqrt().mul(u2.mul(2 * math.pi).cos()).to(like.dtype)
@@ -96,6 +96,10 @@ def derived_seed(seed: int, *stream: int) -> int:
 def seeded(seed: int, *stream: int, device: torch.device | str = "cpu") -> torch.Generator:
     """A torch.Generator on `device`, seeded with `derived_seed(seed, *stream)`."""
     return torch.Generator(device).manual_seed(derived_seed(seed, *stream))
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)  # which holds integers of 24 bits
 
 
 def _shift_right(value: Tensor, bits: int) -> Tensor:

@@ -37,7 +37,7 @@ class Step:
         loss: at w, before the step (with `ball=None`, the same as `perturbed_loss`).
         perturbed_loss: at w + v.
         x_adv: the attacked batch.
-        skipped: how many weight tensors stayed unperturbed for want of a finite, non-zero gradient.
+        skipped: how many weight tensors, summed over all ascent steps, had no finite, non-zero gradient.
     """
 
     loss: Tensor
@@ -120,11 +120,12 @@ def double_perturbation_step(
         return Step(value.detach(), value.detach(), x_adv, value.new_zeros((), dtype=torch.int64))
 
     v: Weights = {}
-    first_loss: Tensor | None = None
+    losses, skipped = [], []
     for _ in range(alternations - 1):
         with perturbed(model, loss, ball, steps=steps, step_size=step_size, start=v, where=where) as ascent:
             v = ascent.displacement
-        first_loss = ascent.value if first_loss is None else first_loss
+        losses.append(ascent.value)
+        skipped.append(ascent.skipped)
         x_adv = attacked(v, x_adv)
 
     with perturbed(
@@ -136,8 +137,9 @@ def double_perturbation_step(
             optimizer.step()
     if not step_inside:
         optimizer.step()
-    assert ascent.value is not None  # a closure was climbed
-    return Step(ascent.value if first_loss is None else first_loss, value.detach(), x_adv, ascent.skipped)
+    first_loss = [*losses, ascent.value][0]
+    assert first_loss is not None  # a closure was climbed
+    return Step(first_loss, value.detach(), x_adv, torch.stack([*skipped, ascent.skipped]).sum())
 
 
 @contextmanager

@@ -27,7 +27,7 @@ from saltflat.inputs import PGD, InputAdversary
 from saltflat.objectives import Objective
 from saltflat.random import derived_seed, seeded
 from saltflat.schedules import Schedule
-from saltflat.step import Mode, double_perturbation_step
+from saltflat.step import Mode, double_perturbation_step, in_mode
 
 ORDER, DRAWS = 0, 1  # the two streams of random numbers of an epoch
 
@@ -133,7 +133,7 @@ def fit(
     """Train `model` in place, yielding a `Stepped` per step, and a `Measuring` and an `Epoch` per epoch.
 
     Args:
-        model: on its device; trained in train mode, left in the mode that it came in between epochs.
+        model: on its device; all of it is trained in train mode, and each module has its own mode between epochs.
         train: moved to the model's device as uint8.
         measured: the fixed sets looked at after each epoch, by name: "train" (a subset), "validation", "test"; each
             may be missing.
@@ -155,6 +155,8 @@ def fit(
         if average is not None:
             average.load_state_dict(state["average"])
         torch.set_rng_state(state["random"])
+        if device.type == "cuda" and state["random_cuda"] is not None:
+            torch.cuda.set_rng_state(state["random_cuda"], device)
         step, done, best = state["step"], state["epoch"], state["best"]
 
     for epoch in range(done + 1, plan.epochs + 1):
@@ -162,37 +164,37 @@ def fit(
         order = torch.randperm(len(train), generator=seeded(plan.seed, epoch, ORDER)).to(device)
         generator = seeded(plan.seed, epoch, DRAWS, device=device)
         sums = torch.zeros(3, dtype=torch.float64, device=device)
-        modes = model.training
-        model.train()
-        for rows in torch.split(order, plan.batch_size):
-            for group in optimizer.param_groups:
-                group["lr"] = plan.learning_rate((step + 1) / steps)
-            progress = step / steps
-            x, y = to_float(plan.augment(images[rows], generator)), labels[rows]
-            found = double_perturbation_step(
-                model,
-                x,
-                y,
-                objective=plan.objective(progress),
-                attack=plan.attack(progress),
-                ball=plan.ball(progress),
-                optimizer=optimizer,
-                attack_mode=plan.attack_mode,
-                steps=plan.steps,
-                step_size=plan.step_size,
-                alternations=plan.alternations,
-                step_inside=plan.step_inside,
-                generator=generator,
-            )
-            if plan.clean_forward:
-                with torch.no_grad():
-                    model(x)
-            if average is not None:
-                average.update_parameters(model)
-            step += 1
-            sums += torch.stack([found.loss * len(rows), found.perturbed_loss * len(rows), found.skipped.to(device)])
-            yield Stepped(step, steps, epoch, found.loss, found.perturbed_loss)
-        model.train(modes)
+        with in_mode(model, "train"):
+            for rows in torch.split(order, plan.batch_size):
+                for group in optimizer.param_groups:
+                    group["lr"] = plan.learning_rate((step + 1) / steps)
+                progress = step / steps
+                x, y = to_float(plan.augment(images[rows], generator)), labels[rows]
+                found = double_perturbation_step(
+                    model,
+                    x,
+                    y,
+                    objective=plan.objective(progress),
+                    attack=plan.attack(progress),
+                    ball=plan.ball(progress),
+                    optimizer=optimizer,
+                    attack_mode=plan.attack_mode,
+                    steps=plan.steps,
+                    step_size=plan.step_size,
+                    alternations=plan.alternations,
+                    step_inside=plan.step_inside,
+                    generator=generator,
+                )
+                if plan.clean_forward:
+                    with torch.no_grad():
+                        model(x)
+                if average is not None:
+                    average.update_parameters(model)
+                step += 1
+                sums += torch.stack(
+                    [found.loss * len(rows), found.perturbed_loss * len(rows), found.skipped.to(device)]
+                )
+                yield Stepped(step, steps, epoch, found.loss, found.perturbed_loss)
 
         loss, perturbed_loss, skipped = sums.tolist()  # the epoch's one wait for the device
         if not math.isfinite(loss + perturbed_loss):
@@ -225,7 +227,8 @@ def fit(
             "model": model.state_dict(),
             "optimizer": optimizer.state_dict(),
             "average": None if average is None else average.state_dict(),
-            "random": torch.get_rng_state(),  # torch's global generator: dropout draws from it
+            "random": torch.get_rng_state(),  # torch's global generators: dropout draws from them
+            "random_cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
             "step": step,
             "epoch": epoch,
             "best": best,

@@ -17,12 +17,14 @@ Algorithm 1.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from saltflat.balls import WeightBall, Weights
 
@@ -84,8 +86,8 @@ class Ascent:
     Attributes:
         value: the loss where the climb began, detached and on the device: at w, or at w + start. None if a gradient
             was handed in.
-        skipped: how many tensors stayed at v = 0 for want of a finite, non-zero gradient; on the device, read it when
-            metrics are written.
+        skipped: how many tensors, summed over the climb's steps, stayed where they were: their gradient was zero or not
+            finite (or their norm is zero). On the device: read it when metrics are written.
     """
 
     def __init__(
@@ -135,8 +137,9 @@ def perturbed(
 
     Yields: an `Ascent`. Tied weights are perturbed once; tensors that the loss does not reach, not at all.
 
-    Raises: ValueError for steps < 1, a given gradient with steps > 1, or a `where` that chooses nothing; RuntimeError
-    (after w was given back) if a weight was changed inside the block without `step_inside=True`.
+    Raises: ValueError for steps < 1, a given gradient with steps > 1, a `where` that chooses nothing, names that were
+    not chosen, or a loss that reaches no chosen weight; RuntimeError (after w was given back) if a weight was changed
+    inside the block without `step_inside=True`. A change through `p.data` cannot be seen, and is lost.
 
     >>> model = nn.Linear(2, 1, bias=False)
     >>> _ = nn.init.constant_(model.weight, 3.0)
@@ -151,21 +154,29 @@ def perturbed(
         raise ValueError(f"steps: expected an integer >= 1, got {steps!r}")
     if isinstance(loss, Mapping) and steps > 1:
         raise ValueError(f"steps: a gradient at hand allows one step, got {steps!r}")
+    if step_size is not None and not 0 <= step_size < math.inf:
+        raise ValueError(f"step_size: expected a finite number >= 0, got {step_size!r}")
     parameters = _chosen(model, where)
+    for given, tensors in (("start", start or {}), ("loss", loss if isinstance(loss, Mapping) else {})):
+        if strange := [name for name in tensors if name not in parameters]:
+            raise ValueError(f"{given}: {strange[0]!r} is none of the {len(parameters)} weights that are perturbed")
     step = replace(ball, radius=ball.radius / steps if step_size is None else step_size)
     with _given_back(parameters) as centre:
-        v, value = dict(start or {}), None
+        v, value, skipped = dict(start or {}), None, []
         _place(parameters, centre, v)
         for _ in range(steps):
             if isinstance(loss, Mapping):
-                g = {name: loss[name] for name in parameters if name in loss}
+                g = dict(loss)
             else:
                 g, reached = _climbing_gradient(model, loss, parameters)
                 value = reached if value is None else value
+            if not g:
+                raise ValueError(f"loss: reaches none of the {len(parameters)} weights that are perturbed")
             ahead = step.steepest(g, centre)
-            v |= ball.project({name: v[name] + s if name in v else s for name, s in ahead.items()}, centre)
+            v = ball.project(v | {name: v[name] + s if name in v else s for name, s in ahead.items()}, centre)
             _place(parameters, centre, v)
-        ascent = Ascent(value, _count_zeros(v), parameters, centre)
+            skipped += [(s == 0).all() for s in ahead.values()]
+        ascent = Ascent(value, torch.stack(skipped).sum(), parameters, centre)
         del v, g, ahead  # while the block runs, one copy of the weights is kept; two if the optimiser steps inside
         with _step_kept(parameters, centre) if step_inside else _no_step(parameters):
             try:
@@ -181,9 +192,7 @@ def _given_back(parameters: Mapping[str, nn.Parameter]) -> Iterator[dict[str, Te
     try:
         yield centre
     finally:
-        with torch.no_grad():
-            for name, w in centre.items():
-                parameters[name].copy_(w)
+        _surely(lambda: _place(parameters, centre))
 
 
 @contextmanager
@@ -200,15 +209,29 @@ def _step_kept(parameters: Mapping[str, nn.Parameter], centre: dict[str, Tensor]
 
 @contextmanager
 def _no_step(parameters: Mapping[str, nn.Parameter]) -> Iterator[None]:
-    """Nothing may happen to w + v inside: it would be lost."""
+    """Nothing may happen to w + v inside: it would be lost.
+
+    Version counters tell of most changes, torch's hook of the fused optimisers' steps, which do not raise them.
+    """
     versions = {name: parameter._version for name, parameter in parameters.items()}
-    yield
-    for name, version in versions.items():
-        if parameters[name]._version != version:
-            raise RuntimeError(
-                f"weight {name!r} was changed inside `perturbed`, and the change is lost: "
-                "call optimizer.step() after the block, or pass step_inside=True"
-            )
+    names = {id(parameter): name for name, parameter in parameters.items()}
+    changed: list[str] = []
+
+    def notice(optimizer: torch.optim.Optimizer, *_: object) -> None:
+        given = (id(parameter) for group in optimizer.param_groups for parameter in group["params"])
+        changed.extend(names[identity] for identity in given if identity in names)
+
+    hook = register_optimizer_step_post_hook(notice)
+    try:
+        yield
+    finally:
+        hook.remove()
+    changed += [name for name, version in versions.items() if parameters[name]._version != version]
+    if changed:
+        raise RuntimeError(
+            f"weight {changed[0]!r} was changed inside `perturbed`, and the change is lost: "
+            "call optimizer.step() after the block, or pass step_inside=True"
+        )
 
 
 def _climbing_gradient(
@@ -239,15 +262,18 @@ def _gradients_set_aside(model: nn.Module) -> Iterator[None]:
         (parameter, parameter.grad, None if parameter.grad is None else parameter.grad.clone())
         for parameter in model.parameters()
     ]
+
+    @torch.no_grad()
+    def put_back() -> None:
+        for parameter, grad, content in kept:
+            parameter.grad = grad if grad is None or content is None else grad.copy_(content)
+
     try:
         for parameter, _, _ in kept:
             parameter.grad = None
         yield
     finally:
-        for parameter, grad, content in kept:
-            if grad is not None and content is not None:
-                grad.copy_(content)
-            parameter.grad = grad
+        _surely(put_back)
 
 
 @contextmanager
@@ -257,17 +283,20 @@ def _buffers_kept(model: nn.Module) -> Iterator[None]:
     All are written back: BatchNorm's kernels change the running statistics without raising their version counters.
     """
     kept = [
-        (module._buffers, name, buffer, buffer.clone())
+        (module._buffers, name, buffer, None if buffer is None else buffer.clone())
         for module in model.modules()
         for name, buffer in module._buffers.items()
-        if buffer is not None
     ]
+
+    @torch.no_grad()
+    def put_back() -> None:
+        for buffers, name, buffer, content in kept:
+            buffers[name] = buffer if buffer is None or content is None else buffer.copy_(content)
+
     try:
         yield
     finally:
-        with torch.no_grad():
-            for buffers, name, buffer, content in kept:
-                buffers[name] = buffer.copy_(content)
+        _surely(put_back)
 
 
 def _chosen(model: nn.Module, where: Where) -> dict[str, nn.Parameter]:
@@ -279,10 +308,16 @@ def _chosen(model: nn.Module, where: Where) -> dict[str, nn.Parameter]:
 
 
 @torch.no_grad()
-def _place(parameters: Mapping[str, nn.Parameter], centre: Weights, displacement: Weights) -> None:
-    for name, v in displacement.items():
-        parameters[name].copy_(centre[name] + v)
+def _place(parameters: Mapping[str, nn.Parameter], centre: Weights, displacement: Weights | None = None) -> None:
+    """w + v, for the names in v; or w."""
+    for name in centre if displacement is None else displacement:
+        parameters[name].copy_(centre[name] if displacement is None else centre[name] + displacement[name])
 
 
-def _count_zeros(displacement: Weights) -> Tensor:
-    return torch.stack([(v == 0).all() for v in displacement.values()]).sum() if displacement else torch.tensor(0)
+def _surely(put_back: Callable[[], None]) -> None:
+    """Whoever presses Ctrl-C while things are being put back waits until they are."""
+    try:
+        put_back()
+    except KeyboardInterrupt:
+        put_back()
+        raise

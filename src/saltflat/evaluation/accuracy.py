@@ -3,8 +3,8 @@
     outcome i:  x'_i = attack of x_i,   loss_i = CE(f_w(x'_i), y_i),   correct_i = [ argmax f_w(x'_i) = y_i ]
 
 Always with the weights as they stand, in eval mode, on images as they are. The outcomes are the record; every accuracy
-is derived from them. The attack's starts are drawn per example, so that an outcome does not depend on the batch that
-it was computed in, nor on the order.
+is derived from them. The attack's starts are drawn per example, by its place in the data set,
+so that an outcome does not depend on the batch that it was computed in.
 """
 
 from __future__ import annotations

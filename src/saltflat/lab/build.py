@@ -15,7 +15,7 @@ from saltflat import models
 from saltflat.balls import L2, InputBall, Layerwise, Linf
 from saltflat.data import Images, Splits
 from saltflat.inputs import PGD, gaussian, uniform, zero
-from saltflat.lab.config import Train, shown
+from saltflat.lab.config import BadInput, Train, shown
 from saltflat.objectives import AT, MART, TRADES, Natural, Objective, Value
 from saltflat.random import Generator, derived_seed
 from saltflat.schedules import constant, cosine, cyclic, from_progress, piecewise, warm_up
@@ -35,15 +35,17 @@ class Sets:
 
 
 def device(name: str) -> torch.device:
-    """The device of that name; ValueError of one line if this machine has none."""
+    """The device of that name; BadInput if this machine has none."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         found = torch.device(name)
+        if found.type not in ("cpu", "cuda"):
+            raise RuntimeError
         torch.empty(0, device=found)
-    except (RuntimeError, AssertionError, NotImplementedError):
+    except (RuntimeError, AssertionError):
         has = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
-        raise ValueError(f"device: expected auto or one of {', '.join(has)} on this machine, got {name!r}") from None
+        raise BadInput(f"device: expected auto or one of {', '.join(has)} on this machine, got {name!r}") from None
     return found
 
 
@@ -57,7 +59,7 @@ def splits(config: Train) -> Splits:
     try:
         return readers[config.data.name](path)
     except (OSError, ValueError) as error:
-        raise ValueError(f"data.path: {' '.join(str(error).split())}") from None
+        raise BadInput(f"data.path: {' '.join(str(error).split())}") from None
 
 
 def sets(config: Train) -> Sets:
@@ -65,10 +67,15 @@ def sets(config: Train) -> Sets:
     read = splits(config)
     total, held = len(read.train), config.data.validation_examples
     if held >= total:
-        raise ValueError(f"data.validation_examples: expected fewer than the {total} training examples, got {held}")
+        raise BadInput(f"data.validation_examples: expected fewer than the {total} training examples, got {held}")
     if config.data.examples > total - held:
         left = f"{total - held}, which validation leaves of {total}"
-        raise ValueError(f"data.examples: expected at most {left}, got {config.data.examples}")
+        raise BadInput(f"data.examples: expected at most {left}, got {config.data.examples}")
+    size = min(read.train.images.shape[2:])
+    if config.data.augment == "crop-flip" and config.data.padding_mode == "reflect" and config.data.padding >= size:
+        raise BadInput(
+            f"data.padding: expected fewer pixels than the image's {size} to reflect, got {config.data.padding}"
+        )
     rest, validation = datasets.stratified_split(read.train.labels, held, VALIDATION_SEED)
     train = _subset(read.train.subset(rest), config.data.examples)
     measured = {
@@ -94,7 +101,7 @@ def network(config: Train, like: Images) -> nn.Module:
     of = config.model
     pixels: dict[str, Any] = {"mean": of.mean or None, "std": of.std or None}
     if of.mean and len(of.mean) not in (1, channels):
-        raise ValueError(f"model.mean: expected {channels} numbers, one per channel, got {len(of.mean)}")
+        raise BadInput(f"model.mean: expected {channels} numbers, one per channel, got {len(of.mean)}")
     classes = like.num_classes
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derived_seed(config.seed, WEIGHTS))

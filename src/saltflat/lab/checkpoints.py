@@ -4,15 +4,20 @@ only).
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
+from saltflat.lab.config import BadInput
 from saltflat.lab.record import replacing
+
+KEYS = {"model", "optimizer", "average", "random", "random_cuda", "step", "epoch", "best"}  # of `train.Epoch.state`
 
 
 def save_weights(path: Path, model: nn.Module) -> None:
@@ -23,22 +28,32 @@ def save_weights(path: Path, model: nn.Module) -> None:
 
 
 def load_weights(path: Path, model: nn.Module) -> None:
-    """Fill the model; ValueError of one line if the file is missing, damaged, or of another architecture."""
+    """Fill the model; BadInput if the file is missing, damaged, or of another architecture."""
     if not path.is_file():
-        raise ValueError(f"checkpoint: expected a file, got {str(path)!r}")
+        raise BadInput(f"checkpoint: expected a file, got {str(path)!r}")
     try:
         found = load_file(path)
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"checkpoint: {path} is not a whole safetensors file: {error}") from None
+        raise BadInput(f"checkpoint: {path} is not a whole safetensors file: {error}") from None
+    _check_fit(found, model, path)
+    model.load_state_dict(found)
+
+
+def _check_fit(found: Mapping[str, Tensor], model: nn.Module, path: Path) -> None:
     expected = model.state_dict()
     for name in sorted(expected.keys() | found.keys()):
         if name not in found or name not in expected:
             where = "the file lacks" if name not in found else "the model lacks"
-            raise ValueError(f"checkpoint: {path} is of another architecture: {where} {name!r}")
+            raise BadInput(f"checkpoint: {path} is of another architecture: {where} {name!r}")
         if found[name].shape != expected[name].shape:
             shapes = f"{tuple(found[name].shape)}, expected {tuple(expected[name].shape)}"
-            raise ValueError(f"checkpoint: {path} is of another architecture: {name!r} has shape {shapes}")
-    model.load_state_dict(found)
+            raise BadInput(f"checkpoint: {path} is of another architecture: {name!r} has shape {shapes}")
+
+
+def digest(path: Path) -> str:
+    """The first 16 characters of the file's SHA-256: which weights a number was measured on."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
 
 def save_state(path: Path, state: dict[str, Any]) -> None:
@@ -47,11 +62,16 @@ def save_state(path: Path, state: dict[str, Any]) -> None:
         torch.save(state, temporary)
 
 
-def load_state(path: Path) -> dict[str, Any]:
-    """What `save_state` wrote; no code in it is ever run. ValueError of one line if it cannot be read."""
+def load_state(path: Path, model: nn.Module, averaged: bool) -> dict[str, Any]:
+    """What `save_state` wrote; no code in it is ever run. BadInput if it cannot be read, or is not of such a run."""
     try:
         state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        # torch.load raises whatever its readers do: for a cut archive, a pickle with code, a missing file alike
-        raise ValueError(f"run: cannot go on from {path}: {str(error).splitlines()[0]}") from None
+        # torch.load raises whatever its readers do: for a cut archive and for a pickle with code alike
+        raise BadInput(f"run: cannot go on from {path}: {str(error).splitlines()[0]}") from None
+    if not isinstance(state, dict) or state.keys() != KEYS:
+        raise BadInput(f"run: cannot go on from {path}: expected {', '.join(sorted(KEYS))} in it")
+    if (state["average"] is not None) != averaged:
+        raise BadInput(f"run: cannot go on from {path}: its average of weights does not fit optimizer.average")
+    _check_fit(state["model"], model, path)
     return state

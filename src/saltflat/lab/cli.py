@@ -7,6 +7,7 @@ input is one line on stderr and exit code 2 before anything was touched. torch i
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import os
 import re
@@ -16,15 +17,17 @@ from itertools import dropwhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
+import pydantic
 import tyro
+from pydantic import Field
 
-from saltflat.lab.config import Count, CountOrNone, NotNegative, Positive, Train, checked
+from saltflat.lab.config import BadInput, Count, CountOrZero, NotNegative, Positive, Train, checked, refusal
 from saltflat.lab.recipes import RECIPES, described
 
 Job = Callable[[], None]
 Folder = Annotated[Path, tyro.conf.arg(metavar="FOLDER")]
 RunOrCheckpoint = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN|CHECKPOINT")]
-Runs = Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
+Runs = Annotated[tuple[Path, ...], Field(min_length=1), tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
 Split = Literal["test", "train", "validation"]
 
 if TYPE_CHECKING:
@@ -38,6 +41,21 @@ else:
     ]
 
 app = tyro.extras.SubcommandApp()
+
+
+def command(function: Callable[..., Job]) -> Callable[..., Job]:
+    """Makes a command of a function, whose arguments are held to what their types say."""
+    valid = pydantic.validate_call(config=pydantic.ConfigDict(allow_inf_nan=False))(function)
+
+    @functools.wraps(function)
+    def call(*arguments: object, **named: object) -> Job:
+        try:
+            return valid(*arguments, **named)
+        except pydantic.ValidationError as error:
+            raise refusal(error) from None
+
+    app.command(call)
+    return call
 
 
 @app.command
@@ -73,19 +91,19 @@ def resume(resume: Folder) -> Job:
     return job
 
 
-@app.command
+@command
 def evaluate(
     run: RunOrCheckpoint,
-    attacks: tuple[str, ...] = ("clean", "fgsm", "pgd-20", "cw-20"),
+    attacks: Annotated[tuple[str, ...], Field(min_length=1)] = ("clean", "fgsm", "pgd-20", "cw-20"),
     checkpoint: str = "best",
     weights: Path | None = None,
     split: Split = "test",
-    examples: CountOrNone = 0,
+    examples: CountOrZero = 0,
     norm: Literal["Linf", "L2"] | None = None,
     eps: NotNegative | None = None,
     step_size: NotNegative | None = None,
     batch_size: Count = 256,
-    seed: CountOrNone = 0,
+    seed: CountOrZero = 0,
     device: str = "auto",
 ) -> Job:
     """Attack a trained network, and write each example's outcome into its run folder.
@@ -114,7 +132,7 @@ def evaluate(
     return job
 
 
-@app.command
+@command
 def landscape(
     runs: Runs,
     checkpoint: str = "last",
@@ -122,10 +140,10 @@ def landscape(
     points: Count = 21,
     directions: Count = 1,
     split: Split = "test",
-    examples: CountOrNone = 512,
+    examples: CountOrZero = 512,
     steps: Count = 10,
     batch_size: Count = 256,
-    seed: CountOrNone = 0,
+    seed: CountOrZero = 0,
     device: str = "auto",
 ) -> Job:
     """Measure the 1-D weight loss landscape of runs, attacking afresh at every point, and draw it into a report.
@@ -143,12 +161,11 @@ def landscape(
         seed: of the first direction, and of the attacks' starts.
         device: auto, cpu, cuda, or cuda:N.
     """
-    _check_runs(runs)
     if points < 3 or points % 2 == 0:
-        raise ValueError(f"points: expected an odd number >= 3, got {points}")
+        raise BadInput(f"points: expected an odd number >= 3, got {points}")
 
     def job() -> None:
-        from saltflat.lab import jobs
+        from saltflat.lab import console, jobs
 
         half = points // 2
         alphas = [reach * i / half for i in range(-half, half + 1)]
@@ -157,13 +174,12 @@ def landscape(
         ]  # all are looked at before the first is measured
         for of in opened:
             jobs.landscape(of, alphas, directions, split, examples, steps, batch_size, seed)
-            jobs.CONSOLE.print(f"landscape of {of.folder} written", soft_wrap=True)
-        jobs.report([of.folder for of in opened], None)
+        console.report([of.folder for of in opened], None)
 
     return job
 
 
-@app.command
+@command
 def report(runs: Runs, out: Path | None = None) -> Job:
     """Write one HTML page about runs: curves, gap, landscape, tables; it opens offline.
 
@@ -171,17 +187,16 @@ def report(runs: Runs, out: Path | None = None) -> Job:
         runs: run folders; those that differ only in their seed are averaged.
         out: the file; default report.html in the run's folder, or beside several.
     """
-    _check_runs(runs)
 
     def job() -> None:
-        from saltflat.lab import jobs
+        from saltflat.lab import console
 
-        jobs.report(list(runs), out)
+        console.report(runs, out)
 
     return job
 
 
-@app.command
+@command
 def recipes() -> Job:
     """List the named recipes."""
 
@@ -193,7 +208,7 @@ def recipes() -> Job:
     return job
 
 
-@app.command
+@command
 def demo(out: Folder = Path("runs/demo"), seeds: Count = 3) -> Job:
     """Train AT and AT-AWP on the bundled digits, and compare them on a page: about two minutes on two cores.
 
@@ -210,16 +225,11 @@ def demo(out: Folder = Path("runs/demo"), seeds: Count = 3) -> Job:
     return job
 
 
-def _check_runs(runs: Sequence[Path]) -> None:
-    if not runs:
-        raise ValueError("runs: expected at least one run folder, got none")
-
-
 MARKERS = (tyro.conf.OmitSubcommandPrefixes, tyro.conf.AvoidSubcommands, tyro.conf.CascadeSubcommandArgs)
 
 
 def parsed(arguments: Sequence[str]) -> Job:
-    """The job that the arguments ask for. Raises ValueError of one line, or SystemExit(0) after `--help`."""
+    """The job that the arguments ask for. Raises BadInput, or SystemExit(0) after `--help`."""
     complaint = io.StringIO()
     words = list(arguments) or ["--help"]
     going_on = words[0] == "train" and any(word == "--resume" or word.startswith("--resume=") for word in words)
@@ -235,7 +245,7 @@ def parsed(arguments: Sequence[str]) -> Job:
     except SystemExit as stop:
         if not stop.code:
             raise
-        raise ValueError(_one_line(complaint.getvalue())) from None
+        raise BadInput(_one_line(complaint.getvalue())) from None
     finally:
         os.environ.pop("COLUMNS", None)
         if columns is not None:
@@ -266,7 +276,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     words = sys.argv[1:] if arguments is None else arguments
     try:
         parsed(words)()
-    except ValueError as error:
+    except BadInput as error:
         print(f"saltflat: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
     except (FloatingPointError, OSError) as error:

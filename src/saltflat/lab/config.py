@@ -16,6 +16,11 @@ import tyro
 import yaml
 from pydantic import BeforeValidator, ConfigDict, Field
 
+
+class BadInput(ValueError):
+    """What a person gave cannot be used: one line that names field, value and what is allowed."""
+
+
 STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 
@@ -58,7 +63,7 @@ Positive = Annotated[Number, Field(gt=0)]
 NotNegative = Annotated[Number, Field(ge=0)]
 Share = Annotated[Number, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
-CountOrNone = Annotated[int, Field(ge=0)]
+CountOrZero = Annotated[int, Field(ge=0)]
 
 
 @dataclass(frozen=True)
@@ -69,13 +74,13 @@ class Data:
     """Which data: the bundled digits, an official CIFAR archive, or a folder of parquet files in hub layout."""
     path: Path | None = None
     """The archive, the folder it unpacks to, or the folder of parquet files. The digits need none."""
-    examples: CountOrNone = 0
+    examples: CountOrZero = 0
     """Training examples, a stratified subset; 0 takes all that validation leaves."""
     validation_examples: Count = 200
     """Examples held out of the training set, stratified, to choose the best epoch on."""
     augment: Literal["none", "crop-flip"] = "none"
     """Random crop of the padded image and horizontal flip, or nothing."""
-    padding: CountOrNone = 4
+    padding: CountOrZero = 4
     """Pixels on each side before the crop."""
     padding_mode: Literal["zero", "reflect"] = "zero"
     """What the padding holds."""
@@ -87,7 +92,7 @@ class Model:
 
     name: Literal["small-cnn", "mlp", "small-resnet", "preact-resnet18", "wide-resnet"] = "small-cnn"
     """Which network."""
-    width: CountOrNone = 0
+    width: CountOrZero = 0
     """Channels of the first stage (small-cnn, small-resnet) or units of a hidden layer (mlp); 0 takes the network's
     default.
     """
@@ -138,7 +143,7 @@ class Awp:
 
     gamma: NotNegative = 0.0
     """Radius of the weight perturbation, relative to the norm of each layer; 0 is none."""
-    warmup: CountOrNone = 0
+    warmup: CountOrZero = 0
     """Epochs before it begins."""
     steps: Count = 1
     """K2, gradient evaluations of the weight ascent."""
@@ -162,7 +167,7 @@ class Optimizer:
     """Highest learning rate of SGD."""
     schedule: Literal["constant", "piecewise", "cosine", "cyclic"] = "piecewise"
     """Its course: piecewise divides by 10 at 50 % and at 75 % of training."""
-    warmup: CountOrNone = 0
+    warmup: CountOrZero = 0
     """Epochs of linear warm-up of the learning rate."""
     momentum: Annotated[Number, Field(ge=0, lt=1)] = 0.9
     """Of SGD; no unit."""
@@ -181,7 +186,7 @@ class Evaluation:
 
     steps: Count = 10
     """Steps of the PGD that measures after every epoch; norm, eps and step size are the attack's."""
-    examples: CountOrNone = 0
+    examples: CountOrZero = 0
     """Training, and test, examples that are measured, stratified; 0 takes all. Validation is measured whole."""
     batch_size: Count = 256
     """Examples at a time."""
@@ -198,7 +203,7 @@ class Train:
     """Of the initial weights, the order, the augmentation and the attacks."""
     device: str = "auto"
     """auto, cpu, cuda, or cuda:N. Auto takes a GPU if there is one."""
-    threads: CountOrNone = 0
+    threads: CountOrZero = 0
     """CPU threads; 0 takes torch's default. Results are bit-equal for equal numbers."""
     data: Data = field(default_factory=Data)
     model: Model = field(default_factory=Model)
@@ -212,45 +217,56 @@ class Train:
 def checked(config: Train | dict[str, Any]) -> Train:
     """The config, if every field holds what it may.
 
-    Raises: ValueError of one line: the field, what is allowed, and the value.
+    Raises: BadInput, one line: the field, what is allowed, and the value.
 
     >>> checked({"awp": {"gamma": -1}})
     Traceback (most recent call last):
         ...
-    ValueError: awp.gamma: input should be greater than or equal to 0, got -1
+    saltflat.lab.config.BadInput: awp.gamma: input should be greater than or equal to 0, got -1
     """
     tree = config if isinstance(config, dict) else dataclasses.asdict(config)
     try:
         found = pydantic.TypeAdapter(Train).validate_python(tree)
     except pydantic.ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        place = ".".join(str(part) for part in first["loc"]) or "config"
-        message = first["msg"].removeprefix("Value error, ")
-        given = "" if repr(first["input"]) in message else f", got {first['input']!r}"
-        raise ValueError(f"{place}: {message[0].lower() + message[1:]}{given}".replace("\n", " ")) from None
+        raise refusal(error) from None
     _check_together(found)
     return found
+
+
+def refusal(error: pydantic.ValidationError) -> BadInput:
+    """The first complaint, in one line."""
+    first = error.errors(include_url=False)[0]
+    place = ".".join(str(part) for part in first["loc"]) or "config"
+    if first["type"] == "too_short":
+        return BadInput(f"{place}: expected at least {first['ctx']['min_length']}, got none")
+    message = first["msg"].removeprefix("Value error, ")
+    given = "" if repr(first["input"]) in message else f", got {first['input']!r}"
+    return BadInput(f"{place}: {message[0].lower() + message[1:]}{given}".replace("\n", " "))
 
 
 def _check_together(config: Train) -> None:
     """What no field can see alone."""
     if config.data.name != "digits" and config.data.path is None:
-        raise ValueError(f"data.path: expected the archive or folder of {config.data.name}, got none")
+        raise BadInput(f"data.path: expected the archive or folder of {config.data.name}, got none")
+    if config.data.name == "digits" and config.data.path is not None:
+        raise BadInput(f"data.path: the digits are bundled, expected none, got {str(config.data.path)!r}")
+    if config.model.name in ("preact-resnet18", "wide-resnet") and config.model.width:
+        raise BadInput(f"model.width: {config.model.name} has none, expected 0, got {config.model.width}")
     if config.awp.alternations > 1 and config.awp.gamma == 0:
-        raise ValueError(f"awp.alternations: needs awp.gamma > 0, got {config.awp.alternations}")
+        raise BadInput(f"awp.alternations: needs awp.gamma > 0, got {config.awp.alternations}")
     if config.awp.warmup > 0 and config.awp.alternations > 1:
-        raise ValueError(f"awp.alternations: must be 1 with awp.warmup > 0, got {config.awp.alternations}")
+        raise BadInput(f"awp.alternations: must be 1 with awp.warmup > 0, got {config.awp.alternations}")
     for name, epochs in (("awp.warmup", config.awp.warmup), ("optimizer.warmup", config.optimizer.warmup)):
         if epochs >= config.optimizer.epochs:
-            raise ValueError(f"{name}: expected fewer than optimizer.epochs ({config.optimizer.epochs}), got {epochs}")
+            raise BadInput(f"{name}: expected fewer than optimizer.epochs ({config.optimizer.epochs}), got {epochs}")
     if len(config.model.mean) != len(config.model.std):
-        raise ValueError(
+        raise BadInput(
             f"model.std: expected as many numbers as model.mean ({len(config.model.mean)}), got {len(config.model.std)}"
         )
     if config.model.name == "wide-resnet" and (config.model.depth - 4) % 6:
-        raise ValueError(f"model.depth: expected 6 n + 4 for a wide-resnet, got {config.model.depth}")
+        raise BadInput(f"model.depth: expected 6 n + 4 for a wide-resnet, got {config.model.depth}")
     if config.data.augment == "crop-flip" and config.data.name == "digits":
-        raise ValueError("data.augment: digits mean other things when mirrored; expected none, got 'crop-flip'")
+        raise BadInput("data.augment: digits mean other things when mirrored; expected none, got 'crop-flip'")
 
 
 def as_text(config: Train) -> str:
@@ -267,11 +283,11 @@ def as_text(config: Train) -> str:
 
 
 def from_text(text: str) -> Train:
-    """A config out of YAML; raises ValueError of one line."""
+    """A config out of YAML; raises BadInput."""
     try:
         tree = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise ValueError(f"config: not YAML: {' '.join(str(error).split())}") from None
+        raise BadInput(f"config: not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict):
-        raise ValueError(f"config: expected fields and values, got {type(tree).__name__}")
+        raise BadInput(f"config: expected fields and values, got {type(tree).__name__}")
     return checked(tree)

@@ -1,23 +1,21 @@
 """The jobs behind the commands: read a config, run the library, write the run folder, show progress.
 
 Whatever can be wrong with the input is found before the first file is written or the first batch computed, and raised
-as a ValueError of one line.
+as `BadInput`.
 """
 
 from __future__ import annotations
 
+import json
 import re
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 from torch import nn
 
@@ -26,64 +24,81 @@ from saltflat.evaluation import carlini_wagner, collect, cross_entropy, interval
 from saltflat.evaluation.accuracy import Inner
 from saltflat.inputs import FGSM, PGD
 from saltflat.lab import build, checkpoints, record
-from saltflat.lab.config import Train, shown
+from saltflat.lab.config import Attack, BadInput, Train, shown
+from saltflat.lab.console import CONSOLE, progress, say
 from saltflat.landscape import along, random_direction
 from saltflat.random import derived_seed
 from saltflat.train import Epoch, Stepped, fit
 
-CONSOLE = Console(highlight=False)
 
+@dataclass(frozen=True)
+class Ready:
+    """All that a training needs, found to be in order."""
 
-@contextmanager
-def progress() -> Iterator[Progress]:
-    """A bar with an ETA, where there is a terminal; lines printed meanwhile stand above it."""
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("eta"),
-    )
-    with Progress(*columns, TimeRemainingColumn(), console=CONSOLE, transient=True) as bar:
-        yield bar
+    config: Train
+    device: torch.device
+    sets: build.Sets
+    model: nn.Module
 
 
 def train(config: Train, out: Path) -> None:
     """A new run in the folder `out`."""
-    device, sets, model = _prepared(config)
-    where = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
-    measured = {"attack": build.attack_in_words(config, config.evaluation.steps), "mode": "eval", "weights": "w"}
-    record.create(out, config, record.environment(where, torch.get_num_threads()), measured)
-    _train(config, out, sets, model, None)
+    ready = _ready(config)
+    gpu = ready.device.type == "cuda"
+    where = torch.cuda.get_device_name(ready.device) if gpu else str(ready.device)
+    versions = record.environment(where, torch.get_num_threads(), torch.version.cuda if gpu else None)
+    measured = {
+        "attack": build.attack_in_words(config, config.evaluation.steps),
+        "mode": "eval",
+        "weights": _weights(config),
+    }
+    record.create(out, config, versions, measured)
+    _train(ready, out, None)
 
 
 def resume(out: Path) -> None:
     """Go on with a run from its last whole epoch; does nothing if it is finished."""
     config = record.read_config(out)
-    device_sets_model = _prepared(config)
-    path, state = out / "checkpoints" / "resume.pt", None
+    path, metrics = out / "checkpoints" / "resume.pt", record.read_metrics(out)
+    if not path.exists() and len(metrics) > 1:
+        raise BadInput(f"run: {out} has {len(metrics)} epochs but no {path.name} to go on from")
+    ready, state = _ready(config), None
     if path.exists():
-        state = checkpoints.load_state(path)
+        state = checkpoints.load_state(path, ready.model, config.optimizer.average > 0)
         if state["epoch"] >= config.optimizer.epochs:
-            CONSOLE.print(f"{out} is finished: {config.optimizer.epochs} epochs.")
+            say(f"{out} is finished: {config.optimizer.epochs} epochs.")
             return
     record.keep_metrics_until(out, 0 if state is None else state["epoch"])
-    _train(config, out, *device_sets_model[1:], state)
+    _train(ready, out, state)
 
 
-def _prepared(config: Train) -> tuple[torch.device, build.Sets, nn.Module]:
+def _weights(config: Train) -> str:
+    average = config.optimizer.average
+    return f"moving average of w, decay {average:g}" if average else "w"
+
+
+def _ready(config: Train) -> Ready:
     if config.threads:
         torch.set_num_threads(config.threads)
     device = build.device(config.device)
     sets = build.sets(config)
     torch.manual_seed(derived_seed(config.seed))  # dropout draws from torch's global generator
-    return device, sets, build.network(config, sets.train).to(device)
+    model = build.network(config, sets.train).to(device)
+    size = config.optimizer.batch_size
+    normalised = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
+    if normalised and (size == 1 or len(sets.train) % size == 1):
+        raise BadInput(
+            f"optimizer.batch_size: {len(sets.train)} images in batches of {size} leave one of a single image, "
+            "which has no statistics for BatchNorm"
+        )
+    return Ready(config, device, sets, model)
 
 
-def _train(config: Train, out: Path, sets: build.Sets, model: nn.Module, state: dict[str, Any] | None) -> None:
+def _train(ready: Ready, out: Path, state: dict[str, Any] | None) -> None:
+    config, model, sets = ready.config, ready.model, ready.sets
     plan, done = build.plan(config), 0 if state is None else state["epoch"]
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    CONSOLE.print(f"{config.recipe}, seed {config.seed}: {len(sets.train)} images, {parameters:,} parameters, in {out}")
+    say(f"{config.recipe}, seed {config.seed}: {len(sets.train)} images, {parameters:,} parameters, in {out}")
     began = time.perf_counter()
     try:
         with progress() as bar:
@@ -94,9 +109,9 @@ def _train(config: Train, out: Path, sets: build.Sets, model: nn.Module, state: 
                 elif isinstance(event, Epoch):
                     _keep(out, event)
                     left = (time.perf_counter() - began) / (event.epoch - done) * (plan.epochs - event.epoch)
-                    CONSOLE.print(_in_words(event, plan.epochs, left), soft_wrap=True)
+                    say(_in_words(event, plan.epochs, left))
     except KeyboardInterrupt:
-        CONSOLE.print(f"interrupted; go on with: saltflat train --resume {out}")
+        say(f"interrupted; go on with: saltflat train --resume {out}")
         raise
 
 
@@ -126,74 +141,114 @@ class Opened:
 
     folder: Path
     checkpoint: str
+    sha256: str
     config: Train
     model: nn.Module
     sets: build.Sets
 
 
 def opened(path: Path, checkpoint: str, device: str = "auto", weights: Path | None = None) -> Opened:
-    """A run folder and the name of one of its checkpoints, or the path of a checkpoint in a run folder."""
+    """A run folder and the name of one of its checkpoints, or the path of a checkpoint in a run folder.
+
+    `weights` is a file whose weights are taken instead; its path then stands for the checkpoint's name.
+    """
     if path.suffix == ".safetensors":
-        path, checkpoint = path.parent.parent, path.stem
+        path, checkpoint = path.absolute().parent.parent, path.stem
     config = record.read_config(path)
     file = weights or path / "checkpoints" / f"{checkpoint}.safetensors"
     if weights is None and not file.is_file():
         there = sorted(found.stem for found in (path / "checkpoints").glob("*.safetensors"))
-        raise ValueError(f"checkpoint: expected one of {', '.join(there) or 'none yet'} in {path}, got {checkpoint!r}")
+        raise BadInput(f"checkpoint: expected one of {', '.join(there) or 'none yet'} in {path}, got {checkpoint!r}")
     found = build.device(device)
     sets = build.sets(config)
     model = build.network(config, sets.train)
     checkpoints.load_weights(file, model)
-    return Opened(path, checkpoint if weights is None else weights.stem, config, model.to(found).eval(), sets)
+    name = checkpoint if weights is None else str(weights)
+    return Opened(path, name, checkpoints.digest(file), config, model.to(found).eval(), sets)
+
+
+def with_threat(of: Opened, norm: str | None, eps: float | None, step_size: float | None) -> Opened:
+    """The same network under another threat model."""
+    attack = of.config.attack
+    if norm is not None and norm != attack.norm and (eps is None or step_size is None):
+        raise BadInput(
+            f"norm: another norm than the run's {attack.norm} needs its own --eps and --step-size, got {norm!r}"
+        )
+    eps, step_size = attack.eps if eps is None else eps, attack.step_size if step_size is None else step_size
+    threat: Attack = replace(attack, norm=norm or attack.norm, eps=eps, step_size=step_size)  # type: ignore[arg-type]
+    return replace(of, config=replace(of.config, attack=threat))
 
 
 def chosen(of: Opened, split: str, examples: int) -> Images:
     """A stratified part of a split; 0 takes all. Equal for all runs on equal data."""
     images = {"test": of.sets.test, "train": of.sets.train, "validation": of.sets.measured["validation"]}[split]
     if examples > len(images):
-        raise ValueError(f"examples: expected at most the {len(images)} of the {split} split, got {examples}")
+        raise BadInput(f"examples: expected at most the {len(images)} of the {split} split, got {examples}")
     return images.subset(stratified_subset(images.labels, examples, build.VALIDATION_SEED)) if examples else images
 
 
-def attacks(config: Train, names: Sequence[str]) -> dict[str, tuple[PGD | None, Inner, str]]:
-    """Each attack with what it maximises and how captions call it: clean, fgsm, pgd-K or cw-K."""
-    found: dict[str, tuple[PGD | None, Inner, str]] = {}
+@dataclass(frozen=True)
+class Attempt:
+    """An attack, what it maximises, and how captions call it."""
+
+    attack: PGD | None
+    inner: Inner
+    description: str
+
+
+def attempts(config: Train, names: Sequence[str]) -> dict[str, Attempt]:
+    """By name: clean, fgsm, pgd-K or cw-K."""
+    found: dict[str, Attempt] = {}
     threat = f"{config.attack.norm}, eps {shown(config.attack.eps)}"
     for name in names:
         parts = re.fullmatch(r"(pgd|cw)-([1-9][0-9]{0,4})", name)
         if name == "clean":
-            found[name] = None, cross_entropy, "no attack"
+            found[name] = Attempt(None, cross_entropy, "no attack")
         elif name == "fgsm":
-            found[name] = FGSM(build.ball(config)), cross_entropy, f"FGSM, {threat}"
+            found[name] = Attempt(FGSM(build.ball(config)), cross_entropy, f"FGSM, {threat}")
         elif parts:
-            words = build.attack_in_words(config, int(parts[2]))
+            steps = int(parts[2])
+            words = build.attack_in_words(config, steps)
             inner = cross_entropy if parts[1] == "pgd" else carlini_wagner
             on = "cross-entropy" if parts[1] == "pgd" else "the margin max z_k - z_y (CW)"
-            found[name] = build.attack(config, int(parts[2])), inner, f"{words}, on {on}"
+            found[name] = Attempt(build.attack(config, steps), inner, f"{words}, on {on}")
         else:
-            raise ValueError(f"attacks: expected clean, fgsm, pgd-K or cw-K (such as pgd-20), got {name!r}")
+            raise BadInput(f"attacks: expected clean, fgsm, pgd-K or cw-K (such as pgd-20), got {name!r}")
     return found
 
 
 def evaluate(of: Opened, names: Sequence[str], split: str, examples: int, batch_size: int, seed: int) -> dict[str, Any]:
-    """Attack a checkpoint, write per-example outcomes and their summary into the run folder, and return the summary."""
-    todo, images = attacks(of.config, names), chosen(of, split, examples)
+    """Attack a checkpoint, write per-example outcomes and their summary into the run folder, and return the summary.
+
+    What was asked before, of the same weights, is read and not computed again.
+    """
+    todo, images = attempts(of.config, names), chosen(of, split, examples)
+    asked: dict[str, Any] = {
+        "checkpoint": of.checkpoint,
+        "sha256": of.sha256,
+        "split": split,
+        "n": len(images),
+        "settings": {"seed": seed, "batch_size": batch_size, "mode": "eval", "weights": _weights(of.config)},
+    }
+    wanted = {name: attempt.description for name, attempt in todo.items()}
+    path = _place(of, "outcomes", split, {**asked, "attacks": wanted})
+    if path.is_file():
+        return _read(path)
     arrays: dict[str, Any] = {"label": images.labels.numpy()}
     rows = []
     with progress() as bar:
-        for name, (attack, inner, description) in todo.items():
-            batches = outcomes_by_batch(of.model, images, attack, inner=inner, batch_size=batch_size, seed=seed)
+        for name, attempt in todo.items():
+            batches = outcomes_by_batch(
+                of.model, images, attempt.attack, inner=attempt.inner, batch_size=batch_size, seed=seed
+            )
             found = collect(bar.track(batches, total=-(-len(images) // batch_size), description=name))
             arrays[f"{name}_correct"], arrays[f"{name}_loss"] = found.correct.numpy(), found.loss.numpy()
             ends = interval(int(found.correct.sum()), len(images))
-            rows.append({"name": name, "description": description, "accuracy": found.accuracy, "interval": ends})
-    settings = {"seed": seed, "batch_size": batch_size, "mode": "eval", "weights": "w"}
-    summary = {"checkpoint": of.checkpoint, "split": split, "n": len(images), "attacks": rows, "settings": settings}
-    asked = {**summary, "attacks": [row["description"] for row in rows]}
-    stem = f"{of.checkpoint}-{split}-{record.digest(asked)}"
-    with record.replacing(of.folder / "outcomes" / f"{stem}.npz") as temporary, open(temporary, "wb") as file:
+            rows.append({"name": name, "description": wanted[name], "accuracy": found.accuracy, "interval": ends})
+    with record.replacing(path.with_suffix(".npz")) as temporary, open(temporary, "wb") as file:
         np.savez_compressed(file, **arrays)
-    record.write_json(of.folder / "outcomes" / f"{stem}.json", summary)
+    summary = {**asked, "attacks": rows}
+    record.write_json(path, summary)
     return summary
 
 
@@ -207,51 +262,66 @@ def landscape(
     batch_size: int,
     seed: int,
 ) -> dict[str, Any]:
-    """g(alpha) = rho(w + alpha d), attacked afresh at every alpha, along random filter-normalised directions."""
+    """g(alpha) = rho(w + alpha d), attacked afresh at every alpha, along random filter-normalised directions.
+
+    Written into the run folder; what was asked before, of the same weights, is read and not computed again.
+    """
     images, attack = chosen(of, split, examples), build.attack(of.config, steps)
+    asked = {
+        "checkpoint": of.checkpoint,
+        "sha256": of.sha256,
+        "split": split,
+        "n": len(images),
+        "alphas": list(alphas),
+        "settings": {
+            "direction": "random, filter-normalised, no biases and norm layers",
+            "attack": f"{build.attack_in_words(of.config, steps)}, made afresh at each alpha, starts per example",
+            "batch_norm": "eval mode",
+            "seed": seed,
+            "batch_size": batch_size,
+        },
+    }
+    path = _place(of, "landscapes", split, {**asked, "directions": directions})
+    if path.is_file():
+        return _read(path)
 
     def measure() -> tuple[float, float, float]:
-        batches = outcomes_by_batch(of.model, images, attack, batch_size=batch_size, seed=seed)
-        robust, clean = collect(batches), collect(outcomes_by_batch(of.model, images, None, batch_size=batch_size))
+        robust = collect(outcomes_by_batch(of.model, images, attack, batch_size=batch_size, seed=seed))
+        clean = collect(outcomes_by_batch(of.model, images, None, batch_size=batch_size))
         return robust.mean_loss, robust.accuracy, clean.mean_loss
 
     curves = []
     with progress() as bar:
-        task = bar.add_task(f"landscape of {of.folder.name}", total=directions * len(alphas))
-        for number in range(directions):
-            direction_seed = seed + number
+        task = bar.add_task(f"landscape of {of.folder.absolute().name}", total=directions * len(alphas))
+        for direction_seed in range(seed, seed + directions):
             points = []
             for _, point in along(of.model, random_direction(of.model, direction_seed), alphas, measure):
                 points.append(point)
                 bar.advance(task)
-            names = ("robust_loss", "robust_accuracy", "clean_loss")
-            columns = zip(*points, strict=True)
-            curves.append({"direction_seed": direction_seed, **dict(zip(names, map(list, columns), strict=True))})
-    settings = {
-        "direction": "random, filter-normalised, no biases and norm layers",
-        "attack": f"{build.attack_in_words(of.config, steps)}, made afresh at each alpha, starts per example",
-        "batch_norm": "eval mode",
-        "seed": seed,
-        "batch_size": batch_size,
-    }
-    found = {
-        "checkpoint": of.checkpoint,
-        "split": split,
-        "n": len(images),
-        "alphas": list(alphas),
-        "curves": curves,
-        "settings": settings,
-    }
-    name = f"{of.checkpoint}-{split}-{record.digest({**found, 'curves': directions})}.json"
-    record.write_json(of.folder / "landscapes" / name, found)
+            robust_loss, robust_accuracy, clean_loss = map(list, zip(*points, strict=True))
+            curves.append(
+                {
+                    "direction_seed": direction_seed,
+                    "robust_loss": robust_loss,
+                    "robust_accuracy": robust_accuracy,
+                    "clean_loss": clean_loss,
+                }
+            )
+    found = {**asked, "curves": curves}
+    record.write_json(path, found)
     return found
 
 
-def with_threat(of: Opened, norm: str | None, eps: float | None, step_size: float | None) -> Opened:
-    """The same network under another threat model."""
-    given = {"norm": norm, "eps": eps, "step_size": step_size}
-    threat = replace(of.config.attack, **{name: value for name, value in given.items() if value is not None})  # type: ignore[arg-type]
-    return replace(of, config=replace(of.config, attack=threat))
+def _place(of: Opened, kind: str, split: str, asked: dict[str, Any]) -> Path:
+    """One file for one question: its name has a digest of the weights and of all settings."""
+    name = re.sub(r"[^A-Za-z0-9._-]+", "_", of.checkpoint)
+    return of.folder / kind / f"{name}-{split}-{record.digest(asked)}.json"
+
+
+def _read(path: Path) -> dict[str, Any]:
+    say(f"already there: {path}")
+    found: dict[str, Any] = json.loads(path.read_text())
+    return found
 
 
 def show_outcomes(of: Opened, summary: dict[str, Any]) -> None:
@@ -262,13 +332,3 @@ def show_outcomes(of: Opened, summary: dict[str, Any]) -> None:
         low, high = row["interval"]
         table.add_row(row["name"], f"{row['accuracy']:.2%}", f"{low:.2%} to {high:.2%}", row["description"])
     CONSOLE.print(table)
-
-
-def report(runs: Sequence[Path], out: Path | None) -> Path:
-    """One page about the runs; returns where it is."""
-    from saltflat.lab.report import write_report  # matplotlib takes a while
-
-    path = out or (runs[0] if len(runs) == 1 else runs[0].parent) / "report.html"
-    write_report(list(runs), path)
-    CONSOLE.print(f"report: {path}", soft_wrap=True)
-    return path

@@ -18,41 +18,44 @@ import importlib.metadata
 import json
 import os
 import platform
+import shutil
 import subprocess
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from saltflat.lab.config import Train, as_text, from_text
+from saltflat.lab.config import BadInput, Train, as_text, from_text
 
 
 def create(folder: Path, config: Train, environment: dict[str, Any], evaluation: dict[str, Any]) -> None:
-    """Make the folder of a new run; ValueError if something is there already."""
+    """Make the folder of a new run, whole or not at all; BadInput if something is there already."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(
+        raise BadInput(
             f"out: expected a folder that does not exist yet, got {str(folder)!r} (go on with --resume {folder})"
         )
+    growing = folder.absolute().with_name(f".{folder.absolute().name}.new")
     try:
-        (folder / "checkpoints").mkdir(parents=True)
+        shutil.rmtree(growing, ignore_errors=True)  # of one that was killed right here
+        (growing / "checkpoints").mkdir(parents=True)
+        write_json(growing / "environment.json", environment)
+        write_json(growing / "evaluation.json", evaluation)
+        write_text(growing / "config.yaml", as_text(config))
+        growing.rename(folder.absolute())
     except OSError as error:
-        raise ValueError(f"out: cannot make {str(folder)!r}: {error.strerror}") from None
-    write_json(folder / "environment.json", environment)
-    write_json(folder / "evaluation.json", evaluation)
-    write_text(folder / "config.yaml", as_text(config))  # last: a folder with a config is a run
+        raise BadInput(f"out: cannot make {str(folder)!r}: {error.strerror}") from None
 
 
 def read_config(folder: Path) -> Train:
-    """The config of a run; ValueError of one line if the folder is none."""
+    """The config of a run; BadInput if the folder is none."""
     path = folder / "config.yaml"
     if not path.is_file():
-        raise ValueError(f"run: expected a run folder with a config.yaml, got {str(folder)!r}")
+        raise BadInput(f"run: expected a run folder with a config.yaml, got {str(folder)!r}")
     try:
         return from_text(path.read_text())
     except (OSError, UnicodeDecodeError, ValueError) as error:
-        raise ValueError(f"run: {path}: {error}") from None
+        raise BadInput(f"run: {path}: {error}") from None
 
 
 def append_metrics(folder: Path, metrics: dict[str, Any]) -> None:
@@ -64,13 +67,16 @@ def append_metrics(folder: Path, metrics: dict[str, Any]) -> None:
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """All whole lines."""
+    """All whole lines, up to one that was cut when the run was killed."""
     path, found = folder / "metrics.jsonl", []
     for line in path.read_text().splitlines() if path.exists() else []:
         try:
-            found.append(json.loads(line))
+            metrics = json.loads(line)
         except json.JSONDecodeError:
-            break  # cut when the run was killed
+            break
+        if not isinstance(metrics, dict) or not isinstance(metrics.get("epoch"), int):
+            break
+        found.append(metrics)
     return found
 
 
@@ -84,16 +90,23 @@ def keep_metrics_until(folder: Path, epoch: int) -> None:
 def replacing(path: Path) -> Iterator[Path]:
     """A path to write to, which becomes `path` when the block is left well."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
+    temporary = path.with_name(f".{path.name}.new")  # one name, so that what a killed process left is overwritten
     try:
-        yield Path(name)
-        with open(name, "rb") as file:
-            os.fsync(file.fileno())
-        os.chmod(name, 0o644)  # mkstemp's files are for their owner alone
-        os.replace(name, path)
+        yield temporary
+        _flushed(temporary)
+        temporary.replace(path)
+        _flushed(path.parent)
     finally:
-        Path(name).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
+
+
+def _flushed(path: Path) -> None:
+    """On the disk, be it a file or a folder's list of files."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -110,11 +123,12 @@ def digest(settings: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
 
 
-def environment(device: str, threads: int) -> dict[str, Any]:
+def environment(device: str, threads: int, cuda: str | None) -> dict[str, Any]:
     """What a number may depend on besides its config."""
     return {
         "saltflat": importlib.metadata.version("saltflat"),
         "torch": importlib.metadata.version("torch"),
+        "cuda": cuda,
         "numpy": importlib.metadata.version("numpy"),
         "python": platform.python_version(),
         "platform": platform.platform(),

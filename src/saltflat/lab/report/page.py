@@ -8,6 +8,7 @@ from pathlib import Path
 
 import jinja2
 
+from saltflat.lab.config import BadInput
 from saltflat.lab.record import replacing
 from saltflat.lab.report.figures import VARIABLES
 from saltflat.lab.report.notation import counted
@@ -26,7 +27,7 @@ def write_report(runs: Sequence[Path], path: Path, *, title: str | None = None) 
     """Write one HTML file about these run folders, whole or not at all; a folder given twice counts once."""
     folders = list(dict.fromkeys(Path(folder).resolve() for folder in runs))
     if not folders:
-        raise ValueError("a report needs at least one run")
+        raise BadInput("a report needs at least one run")
     page = render([read_run(folder) for folder in folders], title=title)
     with replacing(Path(path)) as temporary:
         temporary.write_bytes(page.encode("utf-8", "replace"))  # a name read from JSON may hold half a surrogate pair

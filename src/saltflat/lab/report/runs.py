@@ -21,6 +21,7 @@ import numpy as np
 import yaml
 from pydantic import BeforeValidator, Field, Strict, TypeAdapter
 
+from saltflat.lab.config import BadInput
 from saltflat.lab.report.curves import Array, centre
 
 # What reading a file raises when its content isn't what was promised.
@@ -169,7 +170,7 @@ class Run:
 
 
 def read_run(folder: Path) -> Run:
-    """The run in `folder`; ValueError, in one line, if it is none. Any other missing or broken part becomes a note."""
+    """The run in `folder`; BadInput if it is none. Any other missing or broken part becomes a note."""
     folder = Path(folder)
     config = _read_config(folder)
     notes: list[str] = []
@@ -192,12 +193,12 @@ def _read_config(folder: Path) -> dict[str, Any]:
         config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
         json.dumps(config, default=str)  # a YAML file may contain itself
     except (*DAMAGE, yaml.YAMLError) as error:
-        raise ValueError(f"{folder}: no run, config.yaml cannot be read: {' '.join(str(error).split())}") from error
+        raise BadInput(f"{folder}: no run, config.yaml cannot be read: {' '.join(str(error).split())}") from error
     if not isinstance(config, dict):
-        raise ValueError(f"{folder}: no run, config.yaml must hold named fields")
+        raise BadInput(f"{folder}: no run, config.yaml must hold named fields")
     for name, kind in (("recipe", str), ("seed", int)):
         if type(config.get(name)) is not kind:
-            raise ValueError(f"{folder}: no run, config.yaml: {name} must be {kind.__name__}, got {config.get(name)!r}")
+            raise BadInput(f"{folder}: no run, config.yaml: {name} must be {kind.__name__}, got {config.get(name)!r}")
     return config
 
 

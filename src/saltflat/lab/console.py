@@ -1,0 +1,37 @@
+"""What a person sees while a job runs: lines, a bar with an ETA, and where the page is. Does not import torch."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from saltflat.lab.config import BadInput
+
+CONSOLE = Console(highlight=False, markup=False, emoji=False)  # paths may hold brackets and colons
+
+
+def say(line: str) -> None:
+    """One line, however long."""
+    CONSOLE.print(line, soft_wrap=True)
+
+
+@contextmanager
+def progress() -> Iterator[Progress]:
+    """A bar with an ETA, where there is a terminal; lines printed meanwhile stand above it."""
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, TextColumn("eta"), TimeRemainingColumn(), console=CONSOLE, transient=True) as bar:
+        yield bar
+
+
+def report(runs: Sequence[Path], out: Path | None) -> Path:
+    """One page about the runs; returns where it is."""
+    from saltflat.lab.report import write_report  # matplotlib takes a while
+
+    path = out or (runs[0].absolute() if len(runs) == 1 else runs[0].absolute().parent) / "report.html"
+    if path.is_dir():
+        raise BadInput(f"out: expected a file, got the folder {str(path)!r}")
+    write_report(list(runs), path)
+    say(f"report: {path}")
+    return path
