@@ -22,7 +22,7 @@ Sources: Madry et al., arXiv 1706.06083 (Linf, L2); Wu, Xia, Wang, arXiv 2004.05
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
@@ -158,24 +158,15 @@ class Layerwise:
 
     def steepest(self, gradient: Weights, centre: Weights) -> dict[str, Tensor]:
         """v_l = radius * ‖w_l‖ * g_l / ‖g_l‖."""
-        return {
-            name: (_unit(_whole(g)) * (self.radius * _norm(_whole(centre[name])))).reshape(g.shape)
-            for name, g in gradient.items()
-        }
+        return _relative_steepest(_whole, self.radius, gradient, centre)
 
     def project(self, displacement: Weights, centre: Weights) -> dict[str, Tensor]:
         """Scale each tensor to its radius."""
-        return {
-            name: _shrink(_whole(v), self.radius * _norm(_whole(centre[name]))).reshape(v.shape)
-            for name, v in displacement.items()
-        }
+        return _relative_projection(_whole, self.radius, displacement, centre)
 
     def sample(self, centre: Weights, generator: Generator = None, surface: bool = False) -> dict[str, Tensor]:
         """Uniform in (or on) each tensor's own ball."""
-        return {
-            name: (_sample_rows(_whole(w), generator, surface) * (self.radius * _norm(_whole(w)))).reshape(w.shape)
-            for name, w in centre.items()
-        }
+        return _relative_sample(_whole, self.radius, centre, generator, surface)
 
 
 @dataclass(frozen=True)
@@ -201,24 +192,15 @@ class Filterwise:
 
     def steepest(self, gradient: Weights, centre: Weights) -> dict[str, Tensor]:
         """v_lj = radius * ‖w_lj‖ * g_lj / ‖g_lj‖."""
-        return {
-            name: (_unit(_rows(g)) * (self.radius * _norm(_rows(centre[name])))).reshape(g.shape)
-            for name, g in gradient.items()
-        }
+        return _relative_steepest(_rows, self.radius, gradient, centre)
 
     def project(self, displacement: Weights, centre: Weights) -> dict[str, Tensor]:
         """Scale each filter to its radius."""
-        return {
-            name: _shrink(_rows(v), self.radius * _norm(_rows(centre[name]))).reshape(v.shape)
-            for name, v in displacement.items()
-        }
+        return _relative_projection(_rows, self.radius, displacement, centre)
 
     def sample(self, centre: Weights, generator: Generator = None, surface: bool = False) -> dict[str, Tensor]:
         """Uniform in (or on) each filter's own ball."""
-        return {
-            name: (_sample_rows(_rows(w), generator, surface) * (self.radius * _norm(_rows(w)))).reshape(w.shape)
-            for name, w in centre.items()
-        }
+        return _relative_sample(_rows, self.radius, centre, generator, surface)
 
 
 @dataclass(frozen=True)
@@ -252,6 +234,32 @@ class Global:
 
     def _limit(self, centre: Weights) -> Tensor | float:
         return self.radius * _norm(_joined(centre)) if self.relative else self.radius
+
+
+# Balls relative to the centre: `cut` makes a matrix of a tensor, whose rows have radii of their own, radius * ‖w_row‖.
+
+Cut = Callable[[Tensor], Tensor]
+
+
+def _relative_steepest(cut: Cut, radius: float, gradient: Weights, centre: Weights) -> dict[str, Tensor]:
+    return {
+        name: (_unit(cut(g)) * (radius * _norm(cut(centre[name])))).reshape(g.shape) for name, g in gradient.items()
+    }
+
+
+def _relative_projection(cut: Cut, radius: float, displacement: Weights, centre: Weights) -> dict[str, Tensor]:
+    return {
+        name: _shrink(cut(v), radius * _norm(cut(centre[name]))).reshape(v.shape) for name, v in displacement.items()
+    }
+
+
+def _relative_sample(
+    cut: Cut, radius: float, centre: Weights, generator: Generator, surface: bool
+) -> dict[str, Tensor]:
+    return {
+        name: (_sample_rows(cut(w), generator, surface) * (radius * _norm(cut(w)))).reshape(w.shape)
+        for name, w in centre.items()
+    }
 
 
 # Below, every norm is taken over the second dimension of a matrix: a row is whatever has a radius of its own.
