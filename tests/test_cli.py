@@ -370,7 +370,16 @@ def wait_for_epochs(folder: Path, epochs: int, process: subprocess.Popen) -> Non
 
 @pytest.mark.slow
 def test_a_killed_run_goes_on_to_equal_bits(tmp_path):
-    more = ["--optimizer.epochs", "8", "--optimizer.average", "0.9", "--data.examples", "200"]
+    more = [
+        "--optimizer.epochs",
+        "8",
+        "--optimizer.average",
+        "0.9",
+        "--data.examples",
+        "200",
+        "--model.name",
+        "small-resnet",
+    ]
     command = [sys.executable, "-m", "saltflat", "train"]
     subprocess.run(
         [*command, "at-awp", *QUICK, *more, "--out", str(tmp_path / "whole")], check=True, capture_output=True

@@ -9,7 +9,7 @@ from saltflat.inputs import gaussian, uniform, zero
 
 
 @pytest.mark.parametrize("start", [zero, uniform, gaussian(1e-3)], ids=["zero", "uniform", "gaussian"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("mode", ["eval", "train"])
 @pytest.mark.parametrize("objective", [AT(), TRADES()], ids=repr)
 def test_linf_equals_the_naive_loop_to_the_bit(start, dtype, mode, objective):

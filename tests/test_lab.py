@@ -1,7 +1,7 @@
 """Configs, recipes, run folders, checkpoints: plain data, checked before work, never half written."""
 
 import json
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import numpy as np
 import pytest
@@ -369,3 +369,23 @@ def test_input_normalisation_stands_in_the_network():
     scaled = (x - torch.tensor([0.1, 0.2, 0.3]).view(3, 1, 1)) / torch.tensor([0.5, 0.5, 0.25]).view(3, 1, 1)
     plain = build.network(Train(model=Model("mlp")), IMAGES)
     torch.testing.assert_close(build.network(config, IMAGES)(x), plain(scaled))
+
+
+FIELDS = {
+    "": "recipe seed device threads",
+    "data": "name path examples validation_examples augment padding padding_mode",
+    "model": "name width depth widen_factor mean std",
+    "objective": "name beta",
+    "attack": "norm eps step_size steps start mode final_forward",
+    "awp": "gamma warmup steps step_size alternations step_inside",
+    "optimizer": "epochs batch_size learning_rate schedule warmup momentum weight_decay average clean_forward",
+    "evaluation": "steps examples batch_size",
+}
+
+
+def test_a_config_s_fields_are_these():
+    """A name that people have in their files and commands does not go, nor does one come unnoticed."""
+    found = {"": " ".join(field.name for field in fields(Train) if field.name not in FIELDS)}
+    for section in list(FIELDS)[1:]:
+        found[section] = " ".join(field.name for field in fields(getattr(Train(), section)))
+    assert found == FIELDS

@@ -46,12 +46,14 @@ def test_one_step_is_the_paper_s_closed_form():
 
 @pytest.mark.parametrize("ball", [Layerwise(0.3), Filterwise(0.3), Global(2.0)], ids=repr)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_thousand_cycles_leave_every_bit(ball, dtype):
-    """With the closure raising in every third, the block in every fifth."""
-    model = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Linear(8, 2)).to(dtype)
+@pytest.mark.parametrize("step_inside", [False, True])
+def test_a_thousand_cycles_leave_every_bit(ball, dtype, step_inside):
+    """With the closure raising in every third, the block in every fifth; the weights lie channels-last."""
+    model = nn.Sequential(nn.Conv2d(2, 4, 2), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4, 2))
+    model = model.to(dtype, memory_format=torch.channels_last)
     with torch.no_grad():
-        model[0].weight[0, 0] = -0.0
-    x = torch.rand(5, 6, dtype=dtype)
+        model[0].weight[0, 0, 0, 0] = -0.0
+    x = torch.rand(5, 2, 2, 2, dtype=dtype)
 
     def bits():
         return {name: tensor.clone().reshape(-1).view(torch.uint8) for name, tensor in model.state_dict().items()}
@@ -66,7 +68,7 @@ def test_a_thousand_cycles_leave_every_bit(ball, dtype):
 
     for cycle in range(1000):
         try:
-            with perturbed(model, lambda fail=cycle % 3 == 0: loss(fail), ball):
+            with perturbed(model, lambda fail=cycle % 3 == 0: loss(fail), ball, step_inside=step_inside):
                 if cycle % 5 == 0:
                     raise RuntimeError("in the block")
         except (KeyboardInterrupt, RuntimeError):
