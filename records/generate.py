@@ -30,7 +30,7 @@ def generated(page: Path) -> str:
 
     def block(match: re.Match[str]) -> str:
         record = ROOT / "records" / match[2]
-        made = summary(runs_of(record)) if page.parent == record else brief(runs_of(record))
+        made = summary(runs_of(record)) if page.parent == record else brief(runs_of(record), f"records/{match[2]}")
         return f"{match[1]}\n{made}\n\n{match[3]}"
 
     return BLOCK.sub(block, page.read_text())

@@ -1,6 +1,6 @@
 """The page's sentences, figures and tables for READMEs generated from records: Markdown, with SVG files beside it."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from saltflat.lab.report.plates import curves_plate, landscape_plates
@@ -13,17 +13,20 @@ from saltflat.lab.report.words import headline
 def summary(runs: Sequence[Path]) -> str:
     """What the runs show, in sentences, then figures (the files of `figures`), then every table of accuracies."""
     groups = _groups(runs)
-    plates = [
-        "\n".join([*(f"![{name}]({name}.svg)" for name in panels), "", caption]) for panels, caption in _plates(groups)
-    ]
+    plates = [_shown(panels, caption, "") for panels, caption in _plates(groups)]
     tables = [as_markdown(make(groups)) for make in (accuracy_table, seeds_table, outcome_table)]
     return "\n\n".join([_sentences(groups), *plates, *tables])
 
 
-def brief(runs: Sequence[Path]) -> str:
-    """The sentences and the table of means alone."""
+def brief(runs: Sequence[Path], pictures: str) -> str:
+    """The last figure, the sentences, and the table of means; `pictures` is the folder in which the figures lie."""
     groups = _groups(runs)
-    return f"{_sentences(groups)}\n\n{as_markdown(accuracy_table(groups))}"
+    plates = [_shown(panels, caption, f"{pictures}/") for panels, caption in _plates(groups)[-1:]]
+    return "\n\n".join([*plates, _sentences(groups), as_markdown(accuracy_table(groups))])
+
+
+def _shown(panels: Mapping[str, str], caption: str, pictures: str) -> str:
+    return "\n".join([*(f"![{name}]({pictures}{name}.svg)" for name in panels), "", caption])
 
 
 def _sentences(groups: Sequence[Group]) -> str:
