@@ -1,6 +1,8 @@
 """The page's sentences, figures and tables for READMEs generated from records: Markdown, with SVG files beside it."""
 
+import re
 from collections.abc import Mapping, Sequence
+from html import unescape
 from pathlib import Path
 
 from saltflat.lab.report.plates import curves_plate, landscape_plates
@@ -26,7 +28,13 @@ def brief(runs: Sequence[Path], pictures: str) -> str:
 
 
 def _shown(panels: Mapping[str, str], caption: str, pictures: str) -> str:
-    return "\n".join([*(f"![{name}]({pictures}{name}.svg)" for name in panels), "", caption])
+    return "\n".join([*(f"![{_words(svg)}]({pictures}{name}.svg)" for name, svg in panels.items()), "", caption])
+
+
+def _words(svg: str) -> str:
+    """What the figure says of itself to those who cannot see it."""
+    found = re.search(r'aria-label="([^"]*)"', svg)
+    return unescape(found[1]).translate({ord("["): "(", ord("]"): ")"}) if found else ""
 
 
 def _sentences(groups: Sequence[Group]) -> str:
