@@ -34,7 +34,7 @@ DIGITS = Train(
     data=Data(examples=400, validation_examples=200),
     model=Model("small-cnn", width=24, mean=(0.3,), std=(0.38,)),
     attack=Attack(eps=0.15, step_size=0.0375),
-    optimizer=Optimizer(epochs=40, batch_size=50, learning_rate=0.1),
+    optimizer=Optimizer(epochs=30, batch_size=50, learning_rate=0.1),
     evaluation=Evaluation(examples=300, batch_size=512),
 )
 
