@@ -161,6 +161,11 @@ def bad_inputs(folder: Path) -> dict[str, tuple[list[str], str]]:
         ),
         "report on nothing": (["report"], "runs: expected at least 1, got none"),
         "report on no run": (["report", str(folder / "taken")], str(folder / "taken")),
+        "eps in 255ths": (
+            [*train, "--attack.eps", "8"],
+            "attack.eps: pixels lie in [0, 1], expected at most 1 (as in 8/255)",
+        ),
+        "too many threads": ([*train, "--threads", "9999"], "threads: expected at most this machine's"),
         "one image for BatchNorm": (
             [*train, "--model.name", "small-resnet", "--data.examples", "61", "--optimizer.batch-size", "20"],
             "optimizer.batch_size: 61 images in batches of 20 leave one of a single image",
@@ -194,6 +199,8 @@ NAMES = [
     "resume of nothing",
     "report on nothing",
     "report on no run",
+    "eps in 255ths",
+    "too many threads",
     "one image for BatchNorm",
     "device of another kind",
     "even points",
@@ -315,10 +322,36 @@ def test_metrics_of_an_epoch_without_its_state_are_dropped(tmp_path):
         ready.model, ready.sets.train, ready.sets.measured, build.plan(settings), build.optimizer(settings, ready.model)
     )
     first = next(event for event in training if isinstance(event, Epoch))
-    checkpoints.save_state(folder / "checkpoints" / "resume.pt", first.state)
+    state = {**first.state, "config": jobs._identity(settings)}
+    checkpoints.save_state(folder / "checkpoints" / "resume.pt", state)
     run("train", "--resume", folder)
     assert [line["epoch"] for line in record.read_metrics(folder)] == [1, 2]
     assert (folder / "checkpoints" / "last.safetensors").read_bytes() == whole
+
+
+def test_a_run_does_not_go_on_under_another_config(trained, tmp_path, capsys):
+    shutil.copytree(trained[0], tmp_path / "run")
+    path = tmp_path / "run" / "config.yaml"
+    path.write_text(path.read_text().replace("epochs: 2", "epochs: 3").replace("eps: 0.15", "eps: 0.05"))
+    before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
+    with pytest.raises(SystemExit) as stop:
+        run("train", "--resume", tmp_path / "run")
+    assert stop.value.code == 2
+    assert "config.yaml was changed since the run began" in capsys.readouterr().err
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
+
+
+def test_another_radius_takes_steps_in_proportion(trained):
+    of = jobs.opened(trained[0], "last")
+    assert jobs.with_threat(of, None, 0.075, None).config.attack.step_size == of.config.attack.step_size / 2
+    assert jobs.with_threat(of, None, 0.075, 0.01).config.attack.step_size == 0.01
+    assert jobs.with_threat(of, None, None, None) == of
+
+
+def test_reports_take_what_a_star_catches(trained, tmp_path):
+    (trained[0].parent / "report.html").touch()
+    run("report", trained[0], trained[0].parent / "report.html", "--out", tmp_path / "page.html")
+    assert (tmp_path / "page.html").is_file()
 
 
 def test_paths_may_be_odd(trained, tmp_path, monkeypatch, capsys):

@@ -145,6 +145,14 @@ def test_refuses_what_cannot_be_run():
         PGD(Linf(0.1), -0.1, 1)
 
 
+def test_refuses_inputs_outside_the_box_or_that_are_no_numbers():
+    attack = PGD(Linf(0.1), 0.05, 1)
+    with pytest.raises(ValueError, match=r"x: expected numbers in the ball's box \(0.0, 1.0\), got 0 to 255"):
+        attack(lambda x: x.sum(1), torch.tensor([[0.0, 255.0]]))
+    with pytest.raises(ValueError, match=r"x: expected floating point numbers, got torch\.uint8"):
+        attack(lambda x: x.sum(1), torch.zeros(1, 2, dtype=torch.uint8))
+
+
 def test_attacks_what_is_no_image_and_no_network():
     """Token embeddings, graph features: a function of a tensor is all that it takes."""
     embed = nn.Embedding(10, 6)

@@ -223,7 +223,7 @@ def whole_state(model, **other):
         "random": torch.get_rng_state(),
         "random_cuda": None,
     }
-    return {**state, "step": 1, "epoch": 1, "best": 0.5, **other}
+    return {**state, "step": 1, "epoch": 1, "best": 0.5, "config": "", **other}
 
 
 def test_states_come_back_and_those_that_do_not_fit_are_refused(tmp_path):

@@ -102,12 +102,13 @@ def test_a_loss_that_is_not_finite_is_said_and_drawn_around(tmp_path: Path) -> N
     assert "A robust loss is not finite" in page([folder])
 
 
-def test_landscapes_on_other_alphas_are_left_out_and_said(tmp_path: Path) -> None:
+def test_landscapes_measured_in_different_ways_are_drawn_apart(tmp_path: Path) -> None:
     folders = two_groups(tmp_path, [20, 20], [])
-    write(folders[1] / "landscapes" / "last.json", landscape_record(10, np.random.default_rng(0), points=21))
+    write(folders[1] / "landscapes" / "other.json", landscape_record(10, np.random.default_rng(0), points=21))
     text = Parsed(page(folders)).text
-    assert "A landscape has other alphas than the first and was left out" in text
-    assert "at: 1 seed × 4 directions" in text
+    assert "at: 2 seeds × 4 directions" in text  # those that agree
+    assert "at: 1 seed × 4 directions" in text  # the other, by itself
+    assert "21 values of α" in text
 
 
 def test_what_speaks_against_a_comparison_is_said(tmp_path: Path) -> None:

@@ -192,6 +192,8 @@ def test_a_user_s_own_objective_needs_two_functions_only():
 def test_refuses_what_has_no_meaning():
     model, (x, y) = convolutional(), batch()
     arguments = {"objective": AT(), "attack": ATTACK, "optimizer": optimizer_of(model, 0)}
+    with pytest.raises(ValueError, match="mode: expected 'eval' or 'train', got 'evil'"):
+        double_perturbation_step(model, x, y, ball=None, attack_mode="evil", **arguments)
     for ball, alternations in itertools.product([Layerwise(0.1), None], [0, 2]):
         if ball is not None and alternations == 2:
             continue

@@ -7,7 +7,7 @@ from networks import batch, convolutional, equal_states, state
 from oracles.proxy_awp import at_loss, proxy_displacement, trades_loss
 from torch import nn
 
-from saltflat import AT, TRADES, Filterwise, Global, Layerwise, displaced, gradient, perturbed
+from saltflat import AT, TRADES, Filterwise, Global, Layerwise, displaced, double_perturbation_step, gradient, perturbed
 from saltflat.weights import _surely
 
 
@@ -471,6 +471,50 @@ def test_works_under_no_grad_and_with_autocast():
     with torch.no_grad(), perturbed(model, loss, Layerwise(0.1)) as ascent:
         assert ascent.skipped.item() == 0
         assert not torch.is_grad_enabled()
+
+
+@pytest.mark.parametrize("what", ["perturbed", "displaced", "step"])
+def test_an_autocast_around_the_block_sees_the_perturbed_weights(what):
+    """Autocast keeps copies of the weights in low precision: they must not outlive a change of the weights."""
+    model = convolutional(batch_norm=False).float()
+    x, y = torch.rand(8, 3, 6, 6), torch.arange(8) % 3
+    loss = lambda: AT().outer(model, x, x, y)
+    with torch.autocast("cpu", torch.bfloat16):
+        at_w = loss().item()
+        if what == "perturbed":
+            with perturbed(model, loss, Layerwise(0.5)):
+                assert loss().item() > at_w + 0.01
+        elif what == "displaced":
+            with displaced(model, {"6.weight": -3 * model[6].weight.detach()}):
+                assert abs(loss().item() - at_w) > 0.01
+        else:
+            optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+            step = double_perturbation_step(
+                model, x, y, objective=AT(), attack=None, ball=Layerwise(0.5), optimizer=optimizer
+            )
+            assert step.perturbed_loss > step.loss + 0.01
+        assert loss().item() == at_w
+
+
+def test_losses_that_are_no_closures_say_so():
+    model = nn.Linear(2, 2)
+    value = model(torch.rand(1, 2)).sum()
+    for loss, words in (
+        (value, "loss: expected a closure such as `lambda: ...`, or a sequence of them, got Tensor"),
+        ([], "loss: expected a closure such as `lambda: ...`, or a sequence of them, got list"),
+        (lambda: None, "return a tensor without dimensions, got NoneType"),
+        (lambda: model(torch.rand(1, 2)), r"return a tensor without dimensions, got \(1, 2\)"),
+    ):
+        with pytest.raises(TypeError, match=words), perturbed(model, loss, Layerwise(0.1)):
+            pass
+
+
+def test_sparse_gradients_of_embeddings_are_climbed():
+    model = nn.Embedding(5, 3, sparse=True)
+    with perturbed(model, lambda: model(torch.tensor([1, 2])).square().sum(), Layerwise(0.1)) as ascent:
+        v = ascent.displacement["weight"]
+    assert v[1].any()
+    assert not v[0].any()
 
 
 def test_a_scaled_loss_gives_the_same_displacement():

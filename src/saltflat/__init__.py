@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from saltflat.objectives import Natural as Natural
     from saltflat.random import PerExample as PerExample
     from saltflat.step import double_perturbation_step as double_perturbation_step
+    from saltflat.step import in_mode as in_mode
     from saltflat.weights import displaced as displaced
     from saltflat.weights import gradient as gradient
     from saltflat.weights import perturbed as perturbed
@@ -35,7 +36,7 @@ _HOMES = {
     "inputs": ["FGSM", "PGD"],
     "weights": ["perturbed", "displaced", "gradient"],
     "averaging": ["ema"],
-    "step": ["double_perturbation_step"],
+    "step": ["double_perturbation_step", "in_mode"],
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
 __all__ = sorted(_HOME)

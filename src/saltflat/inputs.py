@@ -87,7 +87,8 @@ class PGD:
 
         Args:
             f: x' (N, ...) -> (N,), what is maximised; `objective.inner(model, x, y)`.
-            x: (N, ...), the centres, inside the ball's box.
+            x: (N, ...), the centres, inside the ball's box: images in [0, 1], normalised inside the model. That is
+                checked on the CPU only; a GPU would have to wait for it.
             start: x' itself, used as it is given, to go on from; else `self.start` draws it.
             generator: what the start is drawn from.
 
@@ -96,6 +97,10 @@ class PGD:
         """
         ball, step = self.ball, replace(self.ball, radius=self.step_size)
         x = x.detach()
+        if not x.is_floating_point():
+            raise ValueError(f"x: expected floating point numbers, got {x.dtype}")
+        if x.device.type == "cpu" and ball.box is not None and x.numel() > 0 and _outside(x, *ball.box):
+            raise ValueError(f"x: expected numbers in the ball's box {ball.box}, got {x.min():g} to {x.max():g}")
         v = self.start(ball, x, generator) if start is None else start.detach() - x
         x_adv = x + v if start is None else start.detach()
         for _ in range(self.steps):
@@ -105,6 +110,11 @@ class PGD:
             v = ball.project(v + step.steepest(gradient, x), x)
             x_adv = x + v
         return x_adv
+
+
+def _outside(x: Tensor, low: float, high: float) -> bool:
+    smallest, largest = x.aminmax()  # NaN if any is
+    return bool((smallest < low) | (largest > high))
 
 
 def FGSM(ball: InputBall) -> PGD:

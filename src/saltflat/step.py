@@ -153,6 +153,8 @@ def in_mode(model: nn.Module, mode: Mode) -> Iterator[None]:
     >>> model[0].training, model[1].training
     (True, False)
     """
+    if mode not in ("eval", "train"):
+        raise ValueError(f"mode: expected 'eval' or 'train', got {mode!r}")
     modes = [(module, module.training) for module in model.modules()]
     try:
         model.train(mode == "train")

@@ -21,6 +21,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -55,7 +56,7 @@ def gradient(model: nn.Module, loss: Closure | Sequence[Closure], *, where: Wher
     >>> gradient(model, lambda: model(torch.tensor([[3.0, 4.0]])).sum())["weight"]
     tensor([[3., 4.]])
     """
-    return _climbing_gradient(model, loss, _chosen(model, where))[0]
+    return _climbing_gradient(model, _closures(loss), _chosen(model, where))[0]
 
 
 @contextmanager
@@ -138,8 +139,9 @@ def perturbed(
     Yields: an `Ascent`. Tied weights are perturbed once; tensors that the loss does not reach, not at all.
 
     Raises: ValueError for steps < 1, a given gradient with steps > 1, a `where` that chooses nothing, names that were
-    not chosen, or a loss that reaches no chosen weight; RuntimeError (after w was given back) if a weight was changed
-    inside the block without `step_inside=True`. A change through `p.data` cannot be seen, and is lost.
+    not chosen, or a loss that reaches no chosen weight; TypeError for a loss that is no closure, or returns no scalar;
+    RuntimeError (after w was given back) if a weight was changed inside the block without `step_inside=True`. A change
+    through `p.data` cannot be seen, and is lost.
 
     >>> model = nn.Linear(2, 1, bias=False)
     >>> _ = nn.init.constant_(model.weight, 3.0)
@@ -156,6 +158,7 @@ def perturbed(
         raise ValueError(f"steps: a gradient at hand allows one step, got {steps!r}")
     if step_size is not None and not 0 <= step_size < math.inf:
         raise ValueError(f"step_size: expected a finite number >= 0, got {step_size!r}")
+    closures = [] if isinstance(loss, Mapping) else _closures(loss)
     parameters = _chosen(model, where)
     for given, tensors in (("start", start or {}), ("loss", loss if isinstance(loss, Mapping) else {})):
         if strange := [name for name in tensors if name not in parameters]:
@@ -168,7 +171,7 @@ def perturbed(
             if isinstance(loss, Mapping):
                 g = dict(loss)
             else:
-                g, reached = _climbing_gradient(model, loss, parameters)
+                g, reached = _climbing_gradient(model, closures, parameters)
                 value = reached if value is None else value
             if not g:
                 raise ValueError(f"loss: reaches none of the {len(parameters)} weights that are perturbed")
@@ -235,18 +238,31 @@ def _no_step(parameters: Mapping[str, nn.Parameter]) -> Iterator[None]:
 
 
 def _climbing_gradient(
-    model: nn.Module, loss: Closure | Sequence[Closure], parameters: Mapping[str, nn.Parameter]
+    model: nn.Module, closures: Sequence[Closure], parameters: Mapping[str, nn.Parameter]
 ) -> tuple[dict[str, Tensor], Tensor]:
     """The gradient and the value of the (summed) loss at the weights as they stand."""
     with _buffers_kept(model), _gradients_set_aside(model), torch.enable_grad():
-        values = [_backward(closure) for closure in ([loss] if callable(loss) else loss)]
-        return {name: p.grad.detach() for name, p in parameters.items() if p.grad is not None}, torch.stack(
-            values
-        ).sum()
+        values = [_backward(closure) for closure in closures]
+        found = {name: p.grad.detach() for name, p in parameters.items() if p.grad is not None}
+        # Embeddings may give sparse gradients.
+        dense = {name: g.to_dense() if g.is_sparse else g for name, g in found.items()}
+        return dense, torch.stack(values).sum()
+
+
+def _closures(loss: Any) -> list[Closure]:
+    closures: list[Any] = list(loss) if isinstance(loss, Sequence) else [loss]
+    if not closures or not all(callable(closure) for closure in closures):
+        raise TypeError(
+            f"loss: expected a closure such as `lambda: ...`, or a sequence of them, got {type(loss).__name__}"
+        )
+    return closures
 
 
 def _backward(closure: Closure) -> Tensor:
     value = closure()
+    if not isinstance(value, Tensor) or value.ndim != 0:
+        got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+        raise TypeError(f"loss: expected the closure to return a tensor without dimensions, got {got}")
     value.backward()  # type: ignore[no-untyped-call]
     return value.detach()
 
@@ -312,6 +328,7 @@ def _place(parameters: Mapping[str, nn.Parameter], centre: Weights, displacement
     """w + v, for the names in v; or w."""
     for name in centre if displacement is None else displacement:
         parameters[name].copy_(centre[name] if displacement is None else centre[name] + displacement[name])
+    torch.clear_autocast_cache()  # or an autocast around the block would go on with copies of the weights as they were
 
 
 def _surely(put_back: Callable[[], None]) -> None:

@@ -18,6 +18,7 @@ from saltflat.lab.config import BadInput
 from saltflat.lab.record import replacing
 
 KEYS = {"model", "optimizer", "average", "random", "random_cuda", "step", "epoch", "best"}  # of `train.Epoch.state`
+KEYS |= {"config"}  # a digest, so that a run does not go on under another one
 
 
 def save_weights(path: Path, model: nn.Module) -> None:
@@ -57,7 +58,7 @@ def digest(path: Path) -> str:
 
 
 def save_state(path: Path, state: dict[str, Any]) -> None:
-    """The state of an `Epoch`."""
+    """The state of an `Epoch`, with a digest of the run's config."""
     with replacing(path) as temporary:
         torch.save(state, temporary)
 

@@ -97,6 +97,7 @@ def evaluate(
     attacks: Annotated[tuple[str, ...], Field(min_length=1)] = ("clean", "fgsm", "pgd-20", "cw-20"),
     checkpoint: str = "best",
     weights: Path | None = None,
+    data_path: Path | None = None,
     split: Split = "test",
     examples: CountOrZero = 0,
     norm: Literal["Linf", "L2"] | None = None,
@@ -113,11 +114,12 @@ def evaluate(
         attacks: any of clean, fgsm, pgd-K, cw-K with K steps (cw maximises the margin by PGD).
         checkpoint: best (on validation), or last.
         weights: a .safetensors file to evaluate in place of the run's own.
+        data_path: where the run's data are now; default where they were.
         split: which images.
         examples: how many of them, stratified; 0 takes all.
         norm: of the threat model; default the run's.
         eps: radius of the threat model, in pixel units; default the run's.
-        step_size: of PGD and CW, in pixel units; default the run's.
+        step_size: of PGD and CW, in pixel units; default the run's, in proportion to eps.
         batch_size: examples at a time.
         seed: of the attacks' starts.
         device: auto, cpu, cuda, or cuda:N.
@@ -126,7 +128,7 @@ def evaluate(
     def job() -> None:
         from saltflat.lab import jobs
 
-        of = jobs.with_threat(jobs.opened(run, checkpoint, device, weights), norm, eps, step_size)
+        of = jobs.with_threat(jobs.opened(run, checkpoint, device, weights, data_path), norm, eps, step_size)
         jobs.show_outcomes(of, jobs.evaluate(of, attacks, split, examples, batch_size, seed))
 
     return job
@@ -144,7 +146,9 @@ def landscape(
     steps: Count = 10,
     batch_size: Count = 256,
     seed: CountOrZero = 0,
+    data_path: Path | None = None,
     device: str = "auto",
+    out: Path | None = None,
 ) -> Job:
     """Measure the 1-D weight loss landscape of runs, attacking afresh at every point, and draw it into a report.
 
@@ -159,7 +163,9 @@ def landscape(
         steps: of the PGD that attacks at each point; the rest of the threat model is the run's.
         batch_size: examples at a time.
         seed: of the first direction, and of the attacks' starts.
+        data_path: where the runs' data are now; default where they were.
         device: auto, cpu, cuda, or cuda:N.
+        out: the page; default report.html in the run's folder, or beside several.
     """
     if points < 3 or points % 2 == 0:
         raise BadInput(f"points: expected an odd number >= 3, got {points}")
@@ -170,11 +176,12 @@ def landscape(
         half = points // 2
         alphas = [reach * i / half for i in range(-half, half + 1)]
         opened = [
-            jobs.opened(run, checkpoint, device) for run in runs
+            jobs.opened(run, checkpoint, device, None, data_path) for run in runs
         ]  # all are looked at before the first is measured
         for of in opened:
-            jobs.landscape(of, alphas, directions, split, examples, steps, batch_size, seed)
-        console.report([of.folder for of in opened], None)
+            found = jobs.landscape(of, alphas, directions, split, examples, steps, batch_size, seed)
+            console.say(f"{of.folder}: {jobs.rise(found)}")
+        console.report([of.folder for of in opened], out)
 
     return job
 

@@ -252,6 +252,8 @@ def _check_together(config: Train) -> None:
         raise BadInput(f"data.path: the digits are bundled, expected none, got {str(config.data.path)!r}")
     if config.model.name in ("preact-resnet18", "wide-resnet") and config.model.width:
         raise BadInput(f"model.width: {config.model.name} has none, expected 0, got {config.model.width}")
+    if config.attack.norm == "Linf" and config.attack.eps > 1:
+        raise BadInput(f"attack.eps: pixels lie in [0, 1], expected at most 1 (as in 8/255), got {config.attack.eps:g}")
     if config.awp.alternations > 1 and config.awp.gamma == 0:
         raise BadInput(f"awp.alternations: needs awp.gamma > 0, got {config.awp.alternations}")
     if config.awp.warmup > 0 and config.awp.alternations > 1:

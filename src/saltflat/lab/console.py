@@ -29,6 +29,9 @@ def report(runs: Sequence[Path], out: Path | None) -> Path:
     """One page about the runs; returns where it is."""
     from saltflat.lab.report import write_report  # matplotlib takes a while
 
+    runs = [run for run in runs if not run.is_file()]  # `runs/*` catches the page of an earlier time
+    if not runs:
+        raise BadInput("runs: expected at least one run folder, got none")
     path = out or (runs[0].absolute() if len(runs) == 1 else runs[0].absolute().parent) / "report.html"
     if path.is_dir():
         raise BadInput(f"out: expected a file, got the folder {str(path)!r}")

@@ -7,10 +7,11 @@ as `BadInput`.
 from __future__ import annotations
 
 import json
+import os
 import re
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -65,11 +66,19 @@ def resume(out: Path) -> None:
     ready, state = _ready(config), None
     if path.exists():
         state = checkpoints.load_state(path, ready.model, config.optimizer.average > 0)
+        if state["config"] != _identity(config):
+            changed = out / "config.yaml"
+            raise BadInput(f"run: {changed} was changed since the run began: put it back, or begin a new run")
         if state["epoch"] >= config.optimizer.epochs:
             say(f"{out} is finished: {config.optimizer.epochs} epochs.")
             return
     record.keep_metrics_until(out, 0 if state is None else state["epoch"])
     _train(ready, out, state)
+
+
+def _identity(config: Train) -> str:
+    """A digest of all that decides the numbers; where, and on how many threads, a run goes on may change."""
+    return record.digest(asdict(replace(config, device="", threads=0, data=replace(config.data, path=None))))
 
 
 def _weights(config: Train) -> str:
@@ -78,6 +87,8 @@ def _weights(config: Train) -> str:
 
 
 def _ready(config: Train) -> Ready:
+    if config.threads > (os.cpu_count() or 1):
+        raise BadInput(f"threads: expected at most this machine's {os.cpu_count()} cores, got {config.threads}")
     if config.threads:
         torch.set_num_threads(config.threads)
     device = build.device(config.device)
@@ -107,7 +118,7 @@ def _train(ready: Ready, out: Path, state: dict[str, Any] | None) -> None:
                 if isinstance(event, Stepped):
                     bar.update(task, total=event.steps, completed=event.step, description=f"epoch {event.epoch}")
                 elif isinstance(event, Epoch):
-                    _keep(out, event)
+                    _keep(out, event, _identity(config))
                     left = (time.perf_counter() - began) / (event.epoch - done) * (plan.epochs - event.epoch)
                     say(_in_words(event, plan.epochs, left))
     except KeyboardInterrupt:
@@ -115,13 +126,13 @@ def _train(ready: Ready, out: Path, state: dict[str, Any] | None) -> None:
         raise
 
 
-def _keep(out: Path, event: Epoch) -> None:
+def _keep(out: Path, event: Epoch, config: str) -> None:
     """Metrics first, the state last: what stands in between is made again, equal, if the run is killed here."""
     record.append_metrics(out, event.metrics)
     if event.best:
         checkpoints.save_weights(out / "checkpoints" / "best.safetensors", event.model)
     checkpoints.save_weights(out / "checkpoints" / "last.safetensors", event.model)
-    checkpoints.save_state(out / "checkpoints" / "resume.pt", event.state)
+    checkpoints.save_state(out / "checkpoints" / "resume.pt", {**event.state, "config": config})
 
 
 def _in_words(event: Epoch, epochs: int, left: float) -> str:
@@ -147,14 +158,19 @@ class Opened:
     sets: build.Sets
 
 
-def opened(path: Path, checkpoint: str, device: str = "auto", weights: Path | None = None) -> Opened:
+def opened(
+    path: Path, checkpoint: str, device: str = "auto", weights: Path | None = None, data_path: Path | None = None
+) -> Opened:
     """A run folder and the name of one of its checkpoints, or the path of a checkpoint in a run folder.
 
-    `weights` is a file whose weights are taken instead; its path then stands for the checkpoint's name.
+    `weights` is a file whose weights are taken instead; its path then stands for the checkpoint's name. `data_path` is
+    where the run's data are now.
     """
     if path.suffix == ".safetensors":
         path, checkpoint = path.absolute().parent.parent, path.stem
     config = record.read_config(path)
+    if data_path is not None:
+        config = replace(config, data=replace(config.data, path=data_path))
     file = weights or path / "checkpoints" / f"{checkpoint}.safetensors"
     if weights is None and not file.is_file():
         there = sorted(found.stem for found in (path / "checkpoints").glob("*.safetensors"))
@@ -174,7 +190,9 @@ def with_threat(of: Opened, norm: str | None, eps: float | None, step_size: floa
         raise BadInput(
             f"norm: another norm than the run's {attack.norm} needs its own --eps and --step-size, got {norm!r}"
         )
-    eps, step_size = attack.eps if eps is None else eps, attack.step_size if step_size is None else step_size
+    if step_size is None:  # another radius takes steps in proportion
+        step_size = attack.step_size if eps is None or attack.eps == 0 else attack.step_size * eps / attack.eps
+    eps = attack.eps if eps is None else eps
     threat: Attack = replace(attack, norm=norm or attack.norm, eps=eps, step_size=step_size)  # type: ignore[arg-type]
     return replace(of, config=replace(of.config, attack=threat))
 
@@ -310,6 +328,16 @@ def landscape(
     found = {**asked, "curves": curves}
     record.write_json(path, found)
     return found
+
+
+def rise(found: dict[str, Any]) -> str:
+    """A landscape in one line: g(0), and how far the mean curve rises to its ends."""
+    alphas, mean = found["alphas"], np.mean([curve["robust_loss"] for curve in found["curves"]], axis=0)
+    g0 = mean[alphas.index(0.0)]
+    return (
+        f"g(0) = {g0:.3f} nats, rises by {mean[0] - g0:.3f} at alpha = {alphas[0]:g} and by {mean[-1] - g0:.3f} at "
+        f"{alphas[-1]:g}; directions: {len(found['curves'])}"
+    )
 
 
 def _place(of: Opened, kind: str, split: str, asked: dict[str, Any]) -> Path:

@@ -53,9 +53,9 @@ def _on_white(svg: str) -> str:
 
 def _plates(groups: Sequence[Group]) -> list[tuple[dict[str, str], str]]:
     """Each plate as its panels by name, and its caption."""
-    curves, landscapes = curves_plate(groups), landscape_plates(groups)[0]
+    curves, landscapes = curves_plate(groups), landscape_plates(groups)
     plates = [("curves", curves)] if curves else []
-    plates += [(f"landscape-{plate.title.removeprefix('Weights: ')}", plate) for plate in landscapes]
+    plates += [(f"landscape-{index}", plate) for index, plate in enumerate(landscapes)]
     return [({f"{name}-{i}": str(svg) for i, svg in enumerate(plate.panels)}, plate.caption) for name, plate in plates]
 
 

@@ -36,7 +36,6 @@ def write_report(runs: Sequence[Path], path: Path, *, title: str | None = None) 
 def render(runs: Sequence[Run], *, title: str | None = None) -> str:
     """The page as text: equal records give an equal page."""
     groups = grouped(runs)
-    landscapes, left_out = landscape_plates(groups)
     environment = jinja2.Environment(
         autoescape=True,
         undefined=jinja2.StrictUndefined,
@@ -52,11 +51,11 @@ def render(runs: Sequence[Run], *, title: str | None = None) -> str:
         tables=[table for table in (accuracy_table(groups), outcome_table(groups)) if table.bodies],
         seeds=seeds_table(groups),
         curves=curves_plate(groups),
-        landscapes=landscapes,
+        landscapes=landscape_plates(groups),
         cost=cost_table(groups),
         configuration=configuration(groups),
         environments=environments(groups),
-        notes=notes(groups, len(runs)) + left_out,
+        notes=notes(groups, len(runs)),
         variables=VARIABLES,
     )
 

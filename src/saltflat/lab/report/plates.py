@@ -9,7 +9,6 @@ from markupsafe import Markup
 from saltflat.lab.report.curves import GroupCurves, GroupLandscape, SeedCurves, mean_and_deviation, mean_curves
 from saltflat.lab.report.figures import landscape, learning_curves
 from saltflat.lab.report.notation import counted, decimal
-from saltflat.lab.report.notes import Note
 from saltflat.lab.report.runs import Landscape, Run
 from saltflat.lab.report.statistics import Group, measured
 from saltflat.lab.report.words import distinct, measurement_caption
@@ -73,29 +72,31 @@ def _curve_words(group: GroupCurves) -> str:
     )
 
 
-def landscape_plates(groups: Sequence[Group]) -> tuple[list[Plate], list[Note]]:
-    """One plate per checkpoint and split. A landscape on other alphas than the first cannot be averaged with it."""
-    found = [(group, run, part) for group in groups for run in group.finished for part in run.landscapes]
-    plates, left_out = [], []
-    for index, place in enumerate(dict.fromkeys((part.checkpoint, part.split) for _, _, part in found)):
-        here = [item for item in found if (item[2].checkpoint, item[2].split) == place]
-        alphas = here[0][2].alphas
-        fitting: dict[Group, dict[int, list[Landscape]]] = {}
-        for group, run, part in here:
-            if part.alphas.shape == alphas.shape and np.allclose(part.alphas, alphas):
-                fitting.setdefault(group, {}).setdefault(run.seed, []).append(part)
-            else:
-                words = "A landscape has other alphas than the first and was left out"
-                left_out.append(Note(words, f"{group.name}, seed {run.seed}"))
-        plates.append(_landscape_plate(fitting, f"landscape-{index}"))
-    return plates, left_out
+def landscape_plates(groups: Sequence[Group]) -> list[Plate]:
+    """One plate per question: what was measured in different ways is never averaged.
+
+    Of two answers of a run to one question the one with more directions counts: it holds the other's.
+    """
+    asked: dict[tuple[object, ...], dict[Group, dict[int, Landscape]]] = {}
+    for group in groups:
+        for run in group.finished:
+            for part in run.landscapes:
+                answers = asked.setdefault(_question(part), {}).setdefault(group, {})
+                known = answers.get(run.seed)
+                if known is None or len(part.robust_loss) > len(known.robust_loss):
+                    answers[run.seed] = part
+    return [_landscape_plate(answers, f"landscape-{index}") for index, answers in enumerate(asked.values())]
 
 
-def _landscape_plate(groups: Mapping[Group, Mapping[int, Sequence[Landscape]]], identity: str) -> Plate:
-    parts = [part for by_seed in groups.values() for own in by_seed.values() for part in own]
+def _question(part: Landscape) -> tuple[object, ...]:
+    return part.checkpoint, part.split, part.n, tuple(part.alphas), tuple(sorted(part.settings.items()))
+
+
+def _landscape_plate(groups: Mapping[Group, Mapping[int, Landscape]], identity: str) -> Plate:
+    parts = [part for by_seed in groups.values() for part in by_seed.values()]
     drawn = []
     for group, by_seed in groups.items():
-        losses = tuple(np.concatenate([part.robust_loss for part in own]) for own in by_seed.values())
+        losses = tuple(part.robust_loss for part in by_seed.values())
         drawn.append(GroupLandscape(group.name, parts[0].alphas, losses, group.series))
     note = f"n = {distinct(str(part.n) for part in parts)} {parts[0].split} images"
     words = f"Robust loss along random directions in weight space: {'; '.join(map(_landscape_words, drawn))}."
