@@ -455,7 +455,12 @@ def test_an_interrupted_run_says_how_to_go_on(tmp_path):
         "--out",
         str(tmp_path / "run"),
     ]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+    def listen() -> None:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell's background jobs ignore it, and so would their children
+
+    pipe = subprocess.PIPE
+    process = subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, preexec_fn=listen)
     wait_for_epochs(tmp_path / "run", 1, process)
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
