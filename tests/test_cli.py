@@ -18,6 +18,7 @@ import pyarrow.parquet
 import pytest
 from PIL import Image
 
+import saltflat
 from saltflat.lab import build, checkpoints, config, jobs, record
 from saltflat.lab.cli import main, parsed
 from saltflat.lab.recipes import RECIPES
@@ -86,6 +87,11 @@ def test_going_on_with_a_finished_run_changes_nothing(trained, capsys):
     run("train", "--resume", trained[0])
     assert "is finished: 2 epochs" in capsys.readouterr().out
     assert {path: path.stat().st_mtime_ns for path in trained[0].rglob("*")} == before
+
+
+def test_the_version_is_told(capsys):
+    run("--version")
+    assert capsys.readouterr().out == f"saltflat {saltflat.__version__}\n"
 
 
 def test_every_recipe_is_listed(capsys):

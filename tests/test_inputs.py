@@ -23,6 +23,30 @@ def test_linf_equals_the_naive_loop_to_the_bit(start, dtype, mode, objective):
     assert torch.equal(attack(f, x, generator=torch.Generator().manual_seed(1)), expected)
 
 
+def l2_loop(f, x, v, eps, step_size, steps):
+    """The attack written out in one place; a gradient is divided by its largest entry before its norm is taken."""
+    for _ in range(steps):
+        leaf = (x + v).requires_grad_()
+        (gradient,) = torch.autograd.grad(f(leaf).sum(), leaf)
+        rows = gradient.flatten(1)
+        rows = rows / rows.abs().amax(1, keepdim=True)
+        ahead = (v.flatten(1) + rows / rows.norm(dim=1, keepdim=True) * step_size).clone()
+        length = ahead.norm(dim=1, keepdim=True)
+        v = torch.where(length > eps, ahead * (eps / length), ahead).view_as(x).clamp(0 - x, 1 - x)
+    return x + v
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("mode", ["eval", "train"])
+def test_l2_equals_a_loop_in_the_same_arithmetic_to_the_bit(dtype, mode):
+    model, (x, y) = convolutional().to(dtype).train(mode == "train"), batch()
+    attack, x = PGD(L2(0.5), 0.1, 10), x.to(dtype)
+    f = AT().inner(model, x, y)
+    start = uniform(attack.ball, x, torch.Generator().manual_seed(1))
+    found = attack(f, x, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(found, l2_loop(f, x, start, 0.5, 0.1, 10))
+
+
 @pytest.mark.parametrize("box", [(0.0, 1.0), None])
 def test_l2_equals_the_naive_loop(box):
     model, (x, y) = convolutional().eval(), batch()

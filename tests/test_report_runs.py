@@ -32,7 +32,7 @@ def test_an_empty_run_still_makes_a_page_that_says_what_is_missing(tmp_path: Pat
         "No metrics.jsonl: no per-epoch measurements",
         "No environment.json",
         "No evaluation.json",
-        "No final evaluation",
+        "No final evaluation: run saltflat evaluate",
         "No weight loss landscape",
         "No per-epoch measurements were found",
         "No landscape was measured",

@@ -21,6 +21,7 @@ import pydantic
 import tyro
 from pydantic import Field
 
+from saltflat import __version__
 from saltflat.lab.config import BadInput, Count, CountOrZero, NotNegative, Positive, Train, checked, refusal
 from saltflat.lab.recipes import RECIPES, described
 
@@ -281,6 +282,9 @@ def _one_line(box: str) -> str:
 def main(arguments: Sequence[str] | None = None) -> None:
     """What `saltflat` runs. Exit codes: 0 done, 2 bad input, 1 something failed while working, 130 interrupted."""
     words = sys.argv[1:] if arguments is None else arguments
+    if list(words) == ["--version"]:
+        print(f"saltflat {__version__}")
+        return
     try:
         parsed(words)()
     except BadInput as error:

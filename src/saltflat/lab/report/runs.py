@@ -182,7 +182,9 @@ def read_run(folder: Path) -> Run:
         environment=_read_rows(folder / "environment.json", notes, "the machine and versions are unknown"),
         evaluation=_read_rows(folder / "evaluation.json", notes, "the attack at each epoch is not stated"),
         epochs=_read_epochs(folder / "metrics.jsonl", notes),
-        outcomes=_read_parts(folder / "outcomes", TypeAdapter(Outcome).validate_json, notes, "No final evaluation"),
+        outcomes=_read_parts(
+            folder / "outcomes", TypeAdapter(Outcome).validate_json, notes, "No final evaluation: run saltflat evaluate"
+        ),
         landscapes=_read_parts(folder / "landscapes", _landscape, notes, "No weight loss landscape"),
         notes=tuple(notes),
     )
