@@ -85,6 +85,41 @@ def margin(logits: Tensor, y: Tensor) -> Tensor:
     return logits.scatter(1, own, -torch.inf).amax(1) - logits.gather(1, own)[:, 0]
 
 
+def dlr(logits: Tensor, y: Tensor) -> Tensor:
+    """Difference of logits ratio per example: (max_{k != y} z_k - z_y) / (z_pi1 - z_pi3), z_pi1 >= z_pi2 >= ... the
+    sorted logits: a margin that no scaling of the logits changes (Croce and Hein, arXiv 2003.01690, eq. 6);
+    (N, C), (N,) -> (N,).
+
+    Deviation: with fewer than three classes there is no z_pi3; then it is `margin`, which is as good a loss for attacks
+    whose steps are normalised.
+
+    >>> dlr(torch.tensor([[1.0, 3.0, 2.0]]), torch.tensor([1]))
+    tensor([-0.5000])
+    """
+    if logits.shape[1] < 3:
+        return margin(logits, y)
+    top = _raised(logits).topk(3, dim=1).values
+    return margin(_raised(logits), y) / (top[:, 0] - top[:, 2] + 1e-12)
+
+
+def targeted_dlr(logits: Tensor, y: Tensor, target: Tensor) -> Tensor:
+    """(z_t - z_y) / (z_pi1 - (z_pi3 + z_pi4) / 2) per example, towards the class t (Croce and Hein, arXiv 2003.01690,
+    eq. 7); (N, C), (N,), (N,) -> (N,).
+
+    Deviation: with fewer than four classes it is z_t - z_y.
+
+    >>> targeted_dlr(torch.tensor([[4.0, 3.0, 1.0, 1.0]]), torch.tensor([0]), torch.tensor([1]))
+    tensor([-0.3333])
+    """
+    own = _classes(y, "targeted_dlr")[:, None]
+    z = _raised(logits)
+    difference = (z.gather(1, target[:, None]) - z.gather(1, own))[:, 0]
+    if z.shape[1] < 4:
+        return difference
+    top = z.topk(4, dim=1).values
+    return difference / (top[:, 0] - 0.5 * (top[:, 2] + top[:, 3]) + 1e-12)
+
+
 def log_probabilities(logits: Tensor) -> Tensor:
     """log softmax over the classes, (N, C) -> (N, C); half precision is raised to fp32."""
     return F.log_softmax(_raised(logits), dim=1)

@@ -43,6 +43,12 @@ class PerExample:
             raise ValueError(f"ids: expected int64 of shape (N,), got {ids.dtype} of shape {tuple(ids.shape)}")
         self.seed, self.ids, self.draws = seed, ids, 0
 
+    def rows(self, kept: Tensor) -> PerExample:
+        """The same draws from here on, for some of the examples: `kept` are indices into `ids`."""
+        part = PerExample(self.seed, self.ids[kept.to(self.ids.device)])
+        part.draws = self.draws
+        return part
+
     def bits(self, shape: Sequence[int], device: torch.device) -> Tensor:
         """Uniform integers in [0, 2**24) of shape (N, ...); one draw."""
         if len(shape) == 0 or shape[0] != len(self.ids):
