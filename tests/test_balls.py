@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from saltflat.balls import L2, Filterwise, Global, Layerwise, Linf
+from saltflat.balls import L1, L2, Filterwise, Global, Layerwise, Linf
 from saltflat.random import PerExample
 
 SHAPES = {"w1": (3, 4), "w2": (2, 3, 2, 2), "b": (5,)}
@@ -67,6 +67,7 @@ def cases(dtype):
         for radius in (0.3, 8 / 255):
             found.append(Case(f"Linf{shape}", Linf(radius, box=None), x, by_example(radius), math.inf))
             found.append(Case(f"L2{shape}", L2(radius, box=None), x, by_example(radius), 2))
+            found.append(Case(f"L1{shape}", L1(radius, box=None), x, by_example(radius), 1))
     for radius in (0.01, 2.0):
         found.append(Case("Layerwise", Layerwise(radius), weights, by_tensor(radius), 2))
         found.append(Case("Filterwise", Filterwise(radius), weights, by_filter(radius), 2))
@@ -113,7 +114,7 @@ def is_member(case, v, tolerance):
 
 def test_steepest_attains_hoelder_equality(case, tolerance):
     g = case.like()
-    dual = {math.inf: 1, 2: 2}[case.order]
+    dual = {math.inf: 1, 2: 2, 1: math.inf}[case.order]
     best = sum(radius * row.double().norm(p=dual).item() for row, radius in case.cut(g, case.centre))
     v = case.ball.steepest(g, case.centre)
     assert inner_product(g, v) == pytest.approx(best, rel=10 * tolerance)
@@ -132,7 +133,7 @@ def test_zero_or_non_finite_gradient_gives_no_step(case, tolerance, bad):
     g = case.like()
     first = next(iter(items(g).values()))
     if bad == 0:
-        first[0] = 0.0 if case.ball.__class__ in (Linf, L2, Filterwise) else first[0]
+        first[0] = 0.0 if case.ball.__class__ in (Linf, L2, L1, Filterwise) else first[0]
     whole = first[0] if first.ndim > 1 else first
     if bad == 0 and case.ball.__class__ in (Layerwise, Global):
         first.zero_()
@@ -144,9 +145,7 @@ def test_zero_or_non_finite_gradient_gives_no_step(case, tolerance, bad):
     clean = case.ball.steepest(case.like(), case.centre)
     v = case.ball.steepest(g, case.centre)
     assert all(tensor.isfinite().all() for tensor in items(v).values())
-    stopped = {Linf: "example", L2: "example", Filterwise: "example", Layerwise: "tensor", Global: "all"}[
-        case.ball.__class__
-    ]
+    stopped = {Layerwise: "tensor", Global: "all"}.get(case.ball.__class__, "example")
     one = next(iter(items(v).values()))
     if stopped == "all":
         assert all((tensor == 0).all() for tensor in v.values())
@@ -228,26 +227,26 @@ def test_radius_zero_is_a_point(case, tolerance):
         assert all((tensor == 0).all() for tensor in items(v).values())
 
 
-@pytest.mark.parametrize("ball", [Linf, L2, Layerwise, Filterwise, Global])
+@pytest.mark.parametrize("ball", [Linf, L2, L1, Layerwise, Filterwise, Global])
 @pytest.mark.parametrize("radius", [-1e-9, math.nan, math.inf])
 def test_refuses_a_radius_that_is_none(ball, radius):
     with pytest.raises(ValueError, match="radius: expected a finite number >= 0"):
         ball(radius)
 
 
-@pytest.mark.parametrize("ball", [Linf(0.3), L2(0.7)])
+@pytest.mark.parametrize(("ball", "order"), [(Linf(0.3), math.inf), (L2(0.7), 2), (L1(0.7), 1)])
 @pytest.mark.parametrize("shape", [(6,), (6, 4), (6, 3, 2, 2)])
-def test_the_box_holds_for_projections_and_samples(ball, shape):
+def test_the_box_holds_for_projections_and_samples(ball, order, shape):
     x = torch.rand(shape)
     x[0], x[1] = 0.0, 1.0
     generator = torch.Generator().manual_seed(0)
     for v in (ball.project(torch.randn(shape), x), ball.sample(x, generator), ball.sample(x, generator, surface=True)):
         assert (x + v).min() >= 0
         assert (x + v).max() <= 1
-        assert is_member(Case("", ball, x, by_example(ball.radius), math.inf if isinstance(ball, Linf) else 2), v, 1e-6)
+        assert is_member(Case("", ball, x, by_example(ball.radius), order), v, 1e-6)
 
 
-@pytest.mark.parametrize("ball", [Linf(0.3), L2(0.7), L2(0.3, None), Linf(0.3, None)])
+@pytest.mark.parametrize("ball", [Linf(0.3), L2(0.7), L1(0.7), L1(0.3, None), L2(0.3, None), Linf(0.3, None)])
 def test_projections_of_anything_are_idempotent(ball):
     x = torch.rand(50, 3, 2, 2, dtype=torch.float64)
     once = ball.project(torch.randn_like(x), x)
@@ -265,7 +264,7 @@ def test_linf_projection_with_a_box_is_the_nearest_point_of_the_intersection():
 def test_input_balls_draw_per_example():
     ids = torch.arange(4)
     x = torch.rand(4, 3, 2, 2)
-    for ball in (Linf(0.3), L2(0.3)):
+    for ball in (Linf(0.3), L2(0.3), L1(0.3)):
         whole = ball.sample(x, PerExample(0, ids))
         assert torch.equal(whole[2:3], ball.sample(x[2:3], PerExample(0, ids[2:3])))
 
@@ -273,9 +272,11 @@ def test_input_balls_draw_per_example():
 def test_refuses_a_box_that_is_none():
     with pytest.raises(ValueError, match="low < high"):
         Linf(0.1, box=(1.0, 0.0))
+    with pytest.raises(ValueError, match="low < high"):
+        L1(0.1, box=(1.0, 0.0))
 
 
 def test_empty_batches_pass_through():
     x = torch.zeros(0, 3, 2, 2)
-    for ball in (Linf(0.1), L2(0.1)):
+    for ball in (Linf(0.1), L2(0.1), L1(0.1)):
         assert ball.steepest(x, x).shape == ball.project(x, x).shape == x.shape

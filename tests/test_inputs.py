@@ -4,7 +4,7 @@ from networks import batch, convolutional, state
 from oracles.naive_pgd import naive_l2_pgd, naive_linf_pgd
 from torch import nn
 
-from saltflat import AT, FGSM, L2, PGD, TRADES, Linf, PerExample
+from saltflat import AT, FGSM, L1, L2, PGD, TRADES, Linf, PerExample
 from saltflat.inputs import gaussian, uniform, zero
 
 
@@ -167,6 +167,12 @@ def test_refuses_what_cannot_be_run():
         PGD(Linf(0.1), 0.1, 0)
     with pytest.raises(ValueError, match="step_size: expected"):
         PGD(Linf(0.1), -0.1, 1)
+
+
+@pytest.mark.parametrize("build", [lambda: PGD(L1(12.0), 1.0, 10), lambda: FGSM(L1(12.0, box=None))])
+def test_refuses_the_l1_ball(build):
+    with pytest.raises(ValueError, match=r"^ball: .*one-pixel steps.*use saltflat\.evaluation\.SparseAPGD$"):
+        build()
 
 
 def test_refuses_inputs_outside_the_box_or_that_are_no_numbers():

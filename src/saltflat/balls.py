@@ -15,8 +15,8 @@ v must stay in; it enters only `project` and `sample`. Weight balls act on {name
 A zero or non-finite gradient gives the step 0: per example for inputs, per tensor for `Layerwise`, per filter for
 `Filterwise`, everywhere for `Global`; and steepest(c g) = steepest(g) for every c > 0, however small the gradient is.
 
-Sources: Madry et al., arXiv 1706.06083 (Linf, L2); Wu, Xia, Wang, arXiv 2004.05884 (Layerwise); Foret et al., arXiv
-2010.01412 (Global); Li et al., arXiv 1712.09913 (Filterwise).
+Sources: Madry et al., arXiv 1706.06083 (Linf, L2); Croce, Hein, arXiv 2103.01208 (L1); Wu, Xia, Wang, arXiv 2004.05884
+(Layerwise); Foret et al., arXiv 2010.01412 (Global); Li et al., arXiv 1712.09913 (Filterwise).
 """
 
 from __future__ import annotations
@@ -136,6 +136,55 @@ class L2:
     def sample(self, centre: Tensor, generator: Generator = None, surface: bool = False) -> Tensor:
         """Uniform in the ball, or on the sphere; then clamped to the box."""
         v = _sample_rows(_rows(centre), generator, surface) * self.radius
+        return _clamp_to_box(v.reshape(centre.shape), centre, self.box)
+
+
+@dataclass(frozen=True)
+class L1:
+    """{v : sum_i |v_i| <= radius} for every example.
+
+    Args:
+        radius: the sum over all pixels and channels of one example (12 for CIFAR images in [0, 1]).
+        box: (low, high) that x + v stays in, or None. With a box the projection is exact: the nearest member of the
+            intersection.
+
+    The steepest step changes one number only, and ascent by it is hardly an attack: `PGD` refuses this ball, and
+    `saltflat.evaluation.SparseAPGD` searches it.
+
+    Shapes: gradient, displacement and centre are (N, ...); so is what comes back. Nothing is changed but the generator.
+
+    >>> L1(0.5).steepest(torch.tensor([[3.0, -4.0, 4.0]]), torch.zeros(1, 3))
+    tensor([[ 0.0000, -0.5000,  0.0000]])
+    """
+
+    radius: float
+    box: Box = (0.0, 1.0)
+
+    def __post_init__(self) -> None:
+        _check_radius(self.radius)
+        _check_box(self.box)
+
+    def steepest(self, gradient: Tensor, centre: Tensor) -> Tensor:
+        """radius * sign(g_j) at the first j with the largest |g_j|, 0 elsewhere."""
+        finite = _rows(gradient).isfinite().all(1, keepdim=True)
+        g = torch.where(finite, _rows(gradient), 0)
+        j = g.abs().argmax(1, keepdim=True)
+        return torch.zeros_like(g).scatter(1, j, g.gather(1, j).sign() * self.radius).reshape(gradient.shape)
+
+    def project(self, displacement: Tensor, centre: Tensor) -> Tensor:
+        """sign(u_i) min(max(|u_i| - t, 0), c_i) for a displacement u, with c_i >= 0 the room that the box leaves x_i on
+        u_i's side, and t the least number >= 0 for which that is in the ball; in float64.
+        """
+        u, boxed = _rows(displacement), _rows(_clamp_to_box(displacement, centre, self.box))
+        lowered = _lowered(u.abs().double(), boxed.abs().double(), self.radius)
+        return _shrink(lowered, self.radius, 1).to(u.dtype).copysign(u).reshape(displacement.shape)
+
+    def sample(self, centre: Tensor, generator: Generator = None, surface: bool = False) -> Tensor:
+        """Uniform in the ball, or on its faces; then clamped to the box."""
+        like = _rows(centre)
+        spacings = -torch.log1p(-uniform(like, generator))  # exponential, so their shares of a sum are uniform
+        faces = _unit(torch.where(uniform(like, generator) < 0.5, -spacings, spacings), 1)
+        v = _spread(faces, generator, surface) * self.radius
         return _clamp_to_box(v.reshape(centre.shape), centre, self.box)
 
 
@@ -286,30 +335,49 @@ def _split(row: Tensor, like: Weights) -> dict[str, Tensor]:
     return {name: piece.reshape(like[name].shape) for name, piece in zip(like, pieces, strict=True)}
 
 
-def _norm(rows: Tensor) -> Tensor:
-    norm: Tensor = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
+def _norm(rows: Tensor, order: int = 2) -> Tensor:
+    norm: Tensor = torch.linalg.vector_norm(rows, ord=order, dim=1, keepdim=True)
     return norm
 
 
-def _unit(rows: Tensor) -> Tensor:
+def _unit(rows: Tensor, order: int = 2) -> Tensor:
     """Each row divided by its norm; 0 where the row is zero or not finite."""
     largest = rows.abs().amax(1, keepdim=True)
     usable = (largest > 0) & (largest < math.inf)  # false for NaN, too
     scaled = rows / largest  # first, or the squares of a tiny gradient underflow and a huge one's overflow
-    return torch.where(usable, scaled / _norm(scaled), 0)
+    return torch.where(usable, scaled / _norm(scaled, order), 0)
 
 
-def _shrink(rows: Tensor, limit: Tensor | float) -> Tensor:
-    norm = _norm(rows)
+def _shrink(rows: Tensor, limit: Tensor | float, order: int = 2) -> Tensor:
+    norm = _norm(rows, order)
     return torch.where(norm > limit, rows * (limit / norm), rows)
 
 
-def _sample_rows(like: Tensor, generator: Generator, surface: bool) -> Tensor:
-    """A point of the unit sphere per row, or of the unit ball: then its distance from 0 is u^(1/d), by the volume of
-    balls.
+def _lowered(rows: Tensor, caps: Tensor, limit: float) -> Tensor:
+    """min(max(rows - t, 0), caps), 0 <= caps <= rows, which sums to `limit`; the caps themselves if those do not exceed
+    it.
+
+    As t grows, an entry begins to fall at rows - caps and ends at rows; between these points, 2 D in a row, the sum is
+    linear in t.
     """
-    direction = _unit(normal(like, generator))
-    return direction if surface else direction * uniform(like[:, :1], generator) ** (1 / like.shape[1])
+    points, order = torch.cat([rows - caps, rows], 1).sort(1)
+    falling = torch.where(order < rows.shape[1], 1.0, -1.0).to(rows).cumsum(1)  # entries that fall after each point
+    drops = falling * points.diff(dim=1, append=points[:, -1:])
+    sums = caps.sum(1, keepdim=True) - drops.cumsum(1) + drops  # at each point
+    k = (sums > limit).sum(1, keepdim=True).sub(1).clamp(min=0)  # the last above
+    t = points.gather(1, k) + (sums.gather(1, k) - limit) / falling.gather(1, k).clamp(min=1)
+    return (rows - t).clamp(min=0).minimum(caps)
+
+
+def _sample_rows(like: Tensor, generator: Generator, surface: bool) -> Tensor:
+    """A point of the unit sphere per row, or of the unit ball."""
+    return _spread(_unit(normal(like, generator)), generator, surface)
+
+
+def _spread(directions: Tensor, generator: Generator, surface: bool) -> Tensor:
+    """Points of a sphere, or the same at the distance u^(1/d) from 0 that the volume of balls asks for."""
+    d = directions.shape[1]
+    return directions if surface else directions * uniform(directions[:, :1], generator) ** (1 / d)
 
 
 def _clamp_to_box(displacement: Tensor, centre: Tensor, box: Box) -> Tensor:

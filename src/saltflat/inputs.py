@@ -18,7 +18,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from saltflat.balls import InputBall
+from saltflat.balls import L1, InputBall
 from saltflat.objectives import Value
 from saltflat.random import Generator, normal
 
@@ -57,7 +57,7 @@ class PGD:
     """Projected steepest ascent in `ball`.
 
     Args:
-        ball: an input ball, such as `Linf(8 / 255)`.
+        ball: an input ball, such as `Linf(8 / 255)`; but not `L1`, whose steepest steps change one pixel each.
         step_size: in the ball's unit (2 / 255).
         steps: gradient evaluations; x_adv is the last iterate.
         start: a function (ball, x, generator) -> displacement: `uniform`, `zero` or `gaussian(std)`.
@@ -77,6 +77,8 @@ class PGD:
     start: Start = uniform
 
     def __post_init__(self) -> None:
+        if isinstance(self.ball, L1):
+            raise ValueError("ball: one-pixel steps make PGD in L1 a sham; use saltflat.evaluation.SparseAPGD")
         if self.steps < 1:
             raise ValueError(f"steps: expected an integer >= 1, got {self.steps!r}")
         if not 0 <= self.step_size < float("inf"):

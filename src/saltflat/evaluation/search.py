@@ -21,7 +21,7 @@ from typing import NamedTuple, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from saltflat.balls import InputBall
+from saltflat.balls import InputBall, Linf
 from saltflat.objectives import margin
 from saltflat.random import Generator, PerExample
 
@@ -61,7 +61,8 @@ class Found:
         x_adv: (N, ...) in the ball and the box; x itself where nothing was found.
         fooled: (N,) bool, misclassified at x_adv in full precision.
         iteration: (N,) int64, how many trials came before the one that fooled it; -1 where none did.
-        margin: (N,) max_{k != y} z_k - z_y: at x_adv where fooled, else the largest that the attack saw.
+        margin: (N,) max_{k != y} z_k - z_y: at x_adv where fooled, else the largest that the attack saw; of what was
+            decided in full precision, that value.
     """
 
     x_adv: Tensor
@@ -118,7 +119,6 @@ def find(
         value = margin(z, own).to(largest.dtype)
         if trial.inside is not None:
             value = torch.where(trial.inside, value, -math.inf)
-        largest[rows] = torch.maximum(largest[rows], value)
         threshold = -slack * z.abs().amax(1) if slack else 0.0
         looks = ((value >= threshold) & (value > refused[rows])).nonzero()[:, 0]
         if len(looks) > 0:
@@ -128,14 +128,16 @@ def find(
                 answer = decide(point)
             sure = answer.argmax(1) != y[at]
             refused[at] = value[looks]
+            value[looks] = margin(answer, y[at]).to(value.dtype)
             won = at[sure]
             x_adv[won], fooled[won], iteration[won] = point[sure], True, tried
-            largest[won] = margin(answer[sure], y[won]).to(largest.dtype)
+            largest[won] = value[looks[sure]]
             if len(won) > 0:
                 going_on = torch.ones(len(rows), dtype=torch.bool, device=x.device)
                 going_on[looks[sure]] = False
                 kept = going_on.nonzero()[:, 0]
-                rows = rows[kept]
+                rows, value = rows[kept], value[kept]
+        largest[rows] = torch.maximum(largest[rows], value)
         tried += 1
     search.close()
     return Found(x_adv, fooled, iteration, largest)
@@ -146,7 +148,10 @@ def feasible(ball: InputBall, x_adv: Tensor, x: Tensor) -> Tensor:
     eps (1 + 1e-6) as measured in float64, the box exactly.
     """
     v = ball.project(x_adv - x, x).double()
-    point = (x.double() + ball.project(v, x.double())).to(x.dtype)
+    v = ball.project(v, x.double())
+    point = (x.double() + v).to(x.dtype)
+    if not isinstance(ball, Linf):  # a sum over many numbers that were rounded up would leave the ball
+        point = torch.where((point.double() - x.double()).abs() > v.abs(), point.nextafter(x), point)
     return point if ball.box is None else point.clamp(*ball.box)
 
 
