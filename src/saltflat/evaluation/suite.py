@@ -271,7 +271,7 @@ def evaluate(
                 z = exact(batch(rows)[0]).float()
             _write_clean(verdicts, rows, z.cpu(), y[rows])
             spent += len(rows)
-            yield Done(verdicts, 0, 0, number, *_stand(verdicts, columns, 0, 0, spent, (len(y) - rows[-1] - 1).item()))
+            yield Done(verdicts, 0, 0, number, *_stand(verdicts, columns, 0, 0, spent, len(y) - 1 - int(rows[-1])))
         for c, column in enumerate(columns):
             of = verdicts[column.name]
             for k, stage in enumerate(column.stages, start=1):
