@@ -16,9 +16,10 @@ from commands import QUICK, run
 from PIL import Image
 
 import saltflat
-from saltflat.lab import build, checkpoints, config, jobs, record
+from saltflat.lab import build, checkpoints, config, record, subjects, trainings
 from saltflat.lab.cli import main, parsed
 from saltflat.lab.recipes import RECIPES
+from saltflat.lab.threat import Threat
 from saltflat.train import Epoch, fit
 
 
@@ -50,7 +51,7 @@ def test_train_evaluate_landscape_report(trained, tmp_path, capsys):
     for summary in summaries:
         found = np.load(next((at / "outcomes").glob(f"{summary['checkpoint']}-*.npz")))
         for row in summary["attacks"]:
-            assert found[f"{row['name']}_correct"].mean() == pytest.approx(row["accuracy"])
+            assert (found[f"{row['name']}_by"] == -1).mean() == pytest.approx(row["accuracy"])
             assert row["interval"][0] <= row["accuracy"] <= row["interval"][1]
 
     run("landscape", at, awp, "--points", "3", "--examples", "20", "--directions", "2", "--steps", "2")
@@ -231,13 +232,12 @@ def test_a_checkpoint_of_another_architecture_is_refused(trained, tmp_path, caps
             "of another architecture",
         ),
         (["evaluate", trained[0], "--checkpoint", "first"], "checkpoint: expected one of best, last"),
-        (["evaluate", trained[0], "--attacks", "pgd"], "attacks: expected clean, fgsm, pgd-K or cw-K"),
+        (["evaluate", trained[0], "--attacks", "pgd"], "attacks: expected clean, fgsm, pgd-K[xR], cw-K[xR]"),
         (["evaluate", trained[0], "--norm", "L2"], "norm: another norm than the run's Linf needs its own --eps"),
         (
             ["evaluate", trained[0], "--batch-size", "0"],
             "batch_size: input should be greater than or equal to 1, got 0",
         ),
-        (["evaluate", trained[0], "--attacks"], "attacks: expected at least 1, got none"),
         (["landscape", trained[0], "--reach", "nan"], "reach: input should be a finite number"),
         (["landscape", trained[0], "--directions", "0"], "directions: input should be greater than or equal to 1"),
         (["report", trained[0], "--out", tmp_path], "out: expected a file, got the folder"),
@@ -271,8 +271,8 @@ def test_attacks_seeds_steps_and_weights_are_told_apart(trained, tmp_path):
         run("evaluate", tmp_path / "run", "--examples", "60", "--checkpoint", "last", *words)
         (new,) = set(outcomes.glob("*.npz")) - before
         found[name] = np.load(new)
-    losses = [found[name]["pgd-3_loss"] for name in commands] + [found["plain"]["cw-3_loss"]]
-    assert len({loss.tobytes() for loss in losses}) == 5
+    margins = [found[name]["pgd-3_margin"] for name in commands] + [found["plain"]["cw-3_margin"]]
+    assert len({margin.tobytes() for margin in margins}) == 5
     names = {json.loads(path.read_text())["checkpoint"] for path in outcomes.glob("*.json")}
     assert names == {"last", str(trained[0] / "checkpoints" / "last.safetensors")}
 
@@ -311,12 +311,12 @@ def test_metrics_of_an_epoch_without_its_state_are_dropped(tmp_path):
     run("train", "at", *QUICK, "--out", tmp_path / "run")
     folder, whole = tmp_path / "run", (tmp_path / "run" / "checkpoints" / "last.safetensors").read_bytes()
     settings = record.read_config(folder)
-    ready = jobs._ready(settings)
+    ready = trainings._ready(settings)
     training = fit(
         ready.model, ready.sets.train, ready.sets.measured, build.plan(settings), build.optimizer(settings, ready.model)
     )
     first = next(event for event in training if isinstance(event, Epoch))
-    state = {**first.state, "config": jobs._identity(settings)}
+    state = {**first.state, "config": trainings._identity(settings)}
     checkpoints.save_state(folder / "checkpoints" / "resume.pt", state)
     run("train", "--resume", folder)
     assert [line["epoch"] for line in record.read_metrics(folder)] == [1, 2]
@@ -336,10 +336,11 @@ def test_a_run_does_not_go_on_under_another_config(trained, tmp_path, capsys):
 
 
 def test_another_radius_takes_steps_in_proportion(trained):
-    of = jobs.opened(trained[0], "last")
-    assert jobs.with_threat(of, None, 0.075, None).config.attack.step_size == of.config.attack.step_size / 2
-    assert jobs.with_threat(of, None, 0.075, 0.01).config.attack.step_size == 0.01
-    assert jobs.with_threat(of, None, None, None) == of
+    of = subjects.from_run(trained[0], "last")
+    assert subjects.with_threat(of, None, 0.075, None).threat.step_size == of.threat.step_size / 2
+    assert subjects.with_threat(of, None, 0.075, 0.01).threat.step_size == 0.01
+    assert subjects.with_threat(of, None, None, None).threat == of.threat
+    assert subjects.with_threat(of, "L2", 1.0, None).threat == Threat("L2", 1.0, 0.25)
 
 
 def test_reports_take_what_a_star_catches(trained, tmp_path):

@@ -22,7 +22,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from saltflat.balls import InputBall
+from saltflat.balls import L1, InputBall
 from saltflat.evaluation.search import Logits, Search, Trial, column, keep, value_and_gradient
 from saltflat.objectives import ce, targeted_dlr
 from saltflat.random import Generator
@@ -47,6 +47,9 @@ class APGD:
     loss: Loss = ce
     steps: int = 100
 
+    def __post_init__(self) -> None:
+        _check(self.ball, self.steps)
+
     def __call__(
         self, logits: Logits, x: Tensor, y: Tensor, *, start: Tensor | None = None, generator: Generator = None
     ) -> Search:
@@ -65,12 +68,24 @@ class TargetedAPGD:
     loss: TargetedLoss = targeted_dlr
     steps: int = 100
 
+    def __post_init__(self) -> None:
+        _check(self.ball, self.steps)
+        if self.rank < 1:
+            raise ValueError(f"rank: expected an integer >= 1, got {self.rank!r}")
+
     def __call__(
         self, logits: Logits, x: Tensor, y: Tensor, *, start: Tensor | None = None, generator: Generator = None
     ) -> Search:
         target = wrong_class(logits, x, y, self.rank)
         if target is not None:
             yield from _ascent(self.ball, self.loss, self.steps, logits, x, (y, target), start, generator)
+
+
+def _check(ball: InputBall, steps: int) -> None:
+    if isinstance(ball, L1):
+        raise ValueError("ball: one-pixel steps make APGD in L1 a sham; use saltflat.evaluation.SparseAPGD")
+    if steps < 0:
+        raise ValueError(f"steps: expected an integer >= 0, got {steps!r}")
 
 
 def wrong_class(logits: Logits, x: Tensor, y: Tensor, rank: int) -> Tensor | None:
@@ -112,7 +127,7 @@ def _ascent(
     x_adv = x + ball.sample(x, generator, surface=True) if start is None else start.detach()
     z, f, gradient = value_and_gradient(logits, loss, x_adv, labels)
     kept = yield Trial(x_adv, z)
-    eta = torch.full_like(f, 2 * ball.radius)
+    eta = x.new_full((len(x),), 2 * ball.radius)  # of x's precision, so that points keep it whatever the loss has
     # AutoAttack official: at the first checkpoint, the first step is compared with f = 0 and not with f(x'_0)
     s = _State(x, x_adv, x_adv, gradient, torch.zeros_like(f), x_adv, gradient, f, f, eta, torch.ones_like(f), 0 * f)
     s, labels = keep(s, kept), keep(labels, kept)

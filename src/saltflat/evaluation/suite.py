@@ -251,7 +251,6 @@ def evaluate(
     _check(x, y, columns, batch_size)
     ids = torch.arange(len(y)) if ids is None else ids.cpu()
     y = y.cpu()
-    parameter = next(iter(model.parameters()), x.new_empty(0, dtype=torch.float32))
     networks: tuple[Logits, ...] = (model, lean(model), lean(model, dtype))
     exact, precise, quick = (_padded(network, batch_size) if padded else network for network in networks)
     verdicts = _unknown(columns, len(y)) if after is None else after.verdicts
@@ -259,9 +258,8 @@ def evaluate(
     spent = 0 if after is None else after.spent
 
     def batch(rows: Tensor) -> tuple[Tensor, Tensor]:
-        images = x[rows.to(x.device)].to(parameter.device)
-        images = images.to(parameter.dtype) if x.is_floating_point() else to_float(images, parameter.dtype)
-        return images, y[rows].to(parameter.device)
+        images = prepared(x[rows.to(x.device)], model)
+        return images, y[rows].to(images.device)
 
     with in_mode(model, "eval"):
         for number, rows in enumerate(torch.split(torch.arange(len(y)), batch_size), start=1):
@@ -281,7 +279,7 @@ def evaluate(
                     if (c, k, number) <= reached:
                         continue
                     images, labels = batch(rows)
-                    generator = PerExample(derived_seed(seed, stage.stream), ids[rows].to(parameter.device))
+                    generator = PerExample(derived_seed(seed, stage.stream), ids[rows].to(images.device))
                     reduced = dtype is not None and not stage.precise
                     found = find(
                         stage.attack,
@@ -301,6 +299,13 @@ def evaluate(
                     yield Done(verdicts, c, k, number, *_stand(verdicts, columns, c, k, spent, untried * stage.cost))
 
 
+def prepared(x: Tensor, model: nn.Module) -> Tensor:
+    """uint8 images as numbers in [0, 1], and any x where the model is, in its dtype."""
+    like = next(iter(model.parameters()), torch.empty(0))
+    x = x.to(like.device)
+    return x.to(like.dtype) if x.is_floating_point() else to_float(x, like.dtype)
+
+
 def _check(x: Tensor, y: Tensor, columns: Sequence[Column], batch_size: int) -> None:
     names = [column.name for column in columns]
     if len(set(names)) < len(names) or not names:
@@ -312,7 +317,10 @@ def _check(x: Tensor, y: Tensor, columns: Sequence[Column], batch_size: int) -> 
         )
     if batch_size < 1:
         raise ValueError(f"batch_size: expected an integer >= 1, got {batch_size!r}")
-    boxes = {stage.attack.ball.box for column in columns for stage in column.stages}
+    balls = {stage.attack.ball for column in columns for stage in column.stages}
+    if too_small := [ball for ball in balls if not ball.radius > 0]:
+        raise ValueError(f"radius: expected a number > 0, got {too_small[0].radius:g}")
+    boxes = {ball.box for ball in balls}
     for low, high in (box for box in boxes if box is not None):
         smallest, largest = (end.item() for end in x.aminmax()) if x.is_floating_point() else (0.0, 1.0)
         if not (low <= smallest and largest <= high):  # NaN is not inside, either

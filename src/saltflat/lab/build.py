@@ -1,5 +1,5 @@
-"""From a config to the objects that `fit` takes: data, network, optimiser, plan. The one file in which names become
-things.
+"""From a config to the objects that `fit` takes: data, network, optimiser, plan. Names become things here, and those of
+attacks in `threat`.
 """
 
 from __future__ import annotations
@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from saltflat import data as datasets
 from saltflat import models
-from saltflat.balls import L2, InputBall, Layerwise, Linf
+from saltflat.balls import Layerwise
 from saltflat.data import Images, Splits
 from saltflat.inputs import PGD, gaussian, uniform, zero
-from saltflat.lab.config import BadInput, Train, shown
+from saltflat.lab.config import BadInput, Data, Train
+from saltflat.lab.threat import trained_against
 from saltflat.objectives import AT, MART, TRADES, Natural, Objective, Value
 from saltflat.random import Generator, derived_seed
 from saltflat.schedules import constant, cosine, cyclic, from_progress, piecewise, warm_up
@@ -49,22 +50,22 @@ def device(name: str) -> torch.device:
     return found
 
 
-def splits(config: Train) -> Splits:
+def splits(data: Data) -> Splits:
     """The training and the test set, read whole."""
-    path = config.data.path
-    if config.data.name == "digits":
+    path = data.path
+    if data.name == "digits":
         return datasets.digits()
     assert path is not None  # `checked` made sure
     readers = {"cifar10": datasets.cifar10, "cifar100": datasets.cifar100, "parquet": datasets.parquet}
     try:
-        return readers[config.data.name](path)
+        return readers[data.name](path)
     except (OSError, ValueError) as error:
         raise BadInput(f"data.path: {' '.join(str(error).split())}") from None
 
 
 def sets(config: Train) -> Sets:
     """The training examples, and the fixed sets of the measurements: a training subset, validation, test."""
-    read = splits(config)
+    read = splits(config.data)
     total, held = len(read.train), config.data.validation_examples
     if held >= total:
         raise BadInput(f"data.validation_examples: expected fewer than the {total} training examples, got {held}")
@@ -113,6 +114,8 @@ def network(config: Train, like: Images) -> nn.Module:
         elif of.name == "small-resnet":
             first = of.width or 24
             made = models.small_resnet(classes, in_channels=channels, widths=(first, 2 * first, 4 * first), **pixels)
+        elif of.name == "vgg19-bn":
+            made = models.vgg19_bn(classes, in_channels=channels, **pixels)
         elif of.name == "preact-resnet18":
             made = models.preact_resnet18(classes, in_channels=channels, **pixels)
         else:
@@ -124,22 +127,6 @@ def optimizer(config: Train, model: nn.Module) -> torch.optim.Optimizer:
     """SGD over all parameters; the plan sets its rate."""
     of = config.optimizer
     return torch.optim.SGD(model.parameters(), of.learning_rate, momentum=of.momentum, weight_decay=of.weight_decay)
-
-
-def ball(config: Train) -> InputBall:
-    """The threat model."""
-    return Linf(config.attack.eps) if config.attack.norm == "Linf" else L2(config.attack.eps)
-
-
-def attack(config: Train, steps: int) -> PGD:
-    """The attack that measures: the config's threat model and step size, from a uniform start."""
-    return PGD(ball(config), config.attack.step_size, steps)
-
-
-def attack_in_words(config: Train, steps: int) -> str:
-    """What captions say of it."""
-    threat = f"{config.attack.norm}, eps {shown(config.attack.eps)}"
-    return f"PGD-{steps}, {threat}, step {shown(config.attack.step_size)}, uniform start"
 
 
 def objective(config: Train) -> Objective:
@@ -179,6 +166,12 @@ class FinalForwardToo:
         return x_adv
 
 
+def weights_in_words(config: Train) -> str:
+    """Which weights are measured and kept."""
+    average = config.optimizer.average
+    return f"moving average of w, decay {average:g}" if average else "w"
+
+
 def plan(config: Train) -> Plan:
     """What `fit` does."""
     of, awp = config.optimizer, config.awp
@@ -190,7 +183,7 @@ def plan(config: Train) -> Plan:
     }[of.schedule]
     gamma = from_progress(awp.warmup / of.epochs, constant(awp.gamma))
     starts = {"uniform": uniform, "gaussian": gaussian(1e-3), "zero": zero}
-    pgd = replace(attack(config, config.attack.steps), start=starts[config.attack.start])
+    pgd = replace(trained_against(config.attack).pgd(config.attack.steps), start=starts[config.attack.start])
     attacker = FinalForwardToo(pgd) if config.attack.final_forward else pgd
     losses = objective(config)
     return Plan(
@@ -200,7 +193,7 @@ def plan(config: Train) -> Plan:
         objective=lambda t: losses,
         attack=lambda t: None if config.objective.name == "natural" else attacker,
         ball=lambda t: Layerwise(gamma(t)) if gamma(t) > 0 else None,
-        measure=attack(config, config.evaluation.steps),
+        measure=trained_against(config.attack).pgd(config.evaluation.steps),
         steps=awp.steps,
         step_size=awp.step_size or None,
         alternations=awp.alternations,

@@ -22,7 +22,7 @@ import tyro
 from pydantic import Field
 
 from saltflat import __version__
-from saltflat.lab.config import BadInput, Count, CountOrZero, NotNegative, Positive, Train, checked, refusal
+from saltflat.lab.config import BadInput, Count, CountOrZero, Number, Positive, Train, checked, refusal
 from saltflat.lab.recipes import RECIPES, described
 
 Job = Callable[[], None]
@@ -70,9 +70,9 @@ def train(recipe: Recipe, out: Folder | None = None) -> Job:
     config = checked(recipe)
 
     def job() -> None:
-        from saltflat.lab import jobs
+        from saltflat.lab import trainings
 
-        jobs.train(config, out or Path("runs") / f"{config.recipe}-seed{config.seed}")
+        trainings.train(config, out or Path("runs") / f"{config.recipe}-seed{config.seed}")
 
     return job
 
@@ -85,9 +85,9 @@ def resume(resume: Folder) -> Job:
     """
 
     def job() -> None:
-        from saltflat.lab import jobs
+        from saltflat.lab import trainings
 
-        jobs.resume(resume)
+        trainings.resume(resume)
 
     return job
 
@@ -95,42 +95,81 @@ def resume(resume: Folder) -> Job:
 @command
 def evaluate(
     run: RunOrCheckpoint,
-    attacks: Annotated[tuple[str, ...], Field(min_length=1)] = ("clean", "fgsm", "pgd-20", "cw-20"),
+    attacks: tuple[str, ...] = (),
+    suite: Literal["standard", "fast", "paper"] | None = None,
     checkpoint: str = "best",
     weights: Path | None = None,
-    data_path: Path | None = None,
     split: Split = "test",
     examples: CountOrZero = 0,
-    norm: Literal["Linf", "L2"] | None = None,
-    eps: NotNegative | None = None,
-    step_size: NotNegative | None = None,
+    norm: Literal["Linf", "L2", "L1"] | None = None,
+    eps: Positive | None = None,
+    step_size: Positive | None = None,
     batch_size: Count = 256,
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32",
+    padded: bool = False,
     seed: CountOrZero = 0,
     device: str = "auto",
+    data_path: Path | None = None,
+    model: str | None = None,
+    data: str | None = None,
+    mean: tuple[Number, ...] = (),
+    std: tuple[Positive, ...] = (),
+    key: str | None = None,
+    out: Folder | None = None,
 ) -> Job:
-    """Attack a trained network, and write each example's outcome into its run folder.
+    """Attack a network, and write each example's outcome into its run folder; what was interrupted goes on.
 
     Args:
-        run: a run folder, or a .safetensors file in one.
-        attacks: any of clean, fgsm, pgd-K, cw-K with K steps (cw maximises the margin by PGD).
+        run: a run folder, a .safetensors file in one, or, with --model, a checkpoint of others.
+        attacks: any of clean, fgsm, pgd-K, cw-K (PGD on the margin; xR restarts, as in pgd-100x10), apgd-ce, apgd-dlr,
+            apgd-t, fab-t, square, spsa, standard, fast; A+B gives B only those that survive A. Default clean fgsm
+            pgd-20 cw-20.
+        suite: in place of attacks: standard (AutoAttack), fast (its APGD-CE and APGD-T alone), or paper (fgsm pgd-20
+            pgd-100 cw-100 spsa standard), each with clean.
         checkpoint: best (on validation), or last.
         weights: a .safetensors file to evaluate in place of the run's own.
-        data_path: where the run's data are now; default where they were.
         split: which images.
         examples: how many of them, stratified; 0 takes all.
         norm: of the threat model; default the run's.
         eps: radius of the threat model, in pixel units; default the run's.
-        step_size: of PGD and CW, in pixel units; default the run's, in proportion to eps.
+        step_size: of PGD and CW, in pixel units; default the run's, in proportion to eps, or eps / 4.
         batch_size: examples at a time.
-        seed: of the attacks' starts.
+        precision: of attacks; whatever looks fooled is asked again in fp32 before it counts.
+        padded: give the network batch-size rows always, so that outcomes do not depend on company, to the bit.
+        seed: of all that attacks draw.
         device: auto, cpu, cuda, or cuda:N.
+        data_path: where the data are; default where the run's were.
+        model: of a checkpoint of others: preact-resnet18, wide-resnet-DEPTH-WIDEN, vgg19-bn, or module:factory.
+        data: beside --model: digits, cifar10, cifar100, parquet, or npz (arrays x and y).
+        mean: beside --model: subtracted from the input, per channel, if the checkpoint's authors kept that outside.
+        std: beside --model: what the input is divided by then.
+        key: beside --model: where in the file the weights are, if it holds several.
+        out: beside --model: folder of the outcomes; default evaluations/CHECKPOINT.
     """
+    if suite is not None and attacks:
+        raise BadInput(f"attacks: expected none beside --suite {suite}, got {attacks[0]!r}")
+    foreign = {"data": data, "mean": mean, "std": std, "key": key, "out": out}
+    if model is None and (given := [name for name, value in foreign.items() if value]):
+        raise BadInput(f"{given[0]}: goes with --model, a run knows its own; got {foreign[given[0]]!r}")
+    if model is not None and weights is not None:
+        raise BadInput(f"weights: expected none beside --model, got {str(weights)!r}")
+    if model is not None and eps is None:
+        raise BadInput("eps: expected the radius of the threat model beside --model, in pixel units, got none")
 
     def job() -> None:
-        from saltflat.lab import jobs
+        from saltflat.lab import evaluations, subjects, threat
 
-        of = jobs.with_threat(jobs.opened(run, checkpoint, device, weights, data_path), norm, eps, step_size)
-        jobs.show_outcomes(of, jobs.evaluate(of, attacks, split, examples, batch_size, seed))
+        if model is None:
+            found = subjects.from_run(run, checkpoint, device, weights, data_path)
+            subject = subjects.with_threat(found, norm, eps, step_size)
+        else:
+            assert eps is not None
+            held = threat.Threat(norm or "Linf", eps, step_size or subjects.STEP * eps)
+            about = subjects.Foreign(model, data, data_path, mean, std, key)
+            subject = subjects.from_file(run, about, held, device, out or Path("evaluations") / run.stem)
+        names = threat.SUITES[suite] if suite else attacks or ("clean", "fgsm", "pgd-20", "cw-20")
+        how = evaluations.How(batch_size, seed, precision, padded)
+        evaluations.show(subject, evaluations.evaluation(subject, names, split, examples, how))
 
     return job
 
@@ -172,16 +211,16 @@ def landscape(
         raise BadInput(f"points: expected an odd number >= 3, got {points}")
 
     def job() -> None:
-        from saltflat.lab import console, jobs
+        from saltflat.lab import console, landscapes, subjects
 
         half = points // 2
         alphas = [reach * i / half for i in range(-half, half + 1)]
         opened = [
-            jobs.opened(run, checkpoint, device, None, data_path) for run in runs
+            subjects.from_run(run, checkpoint, device, None, data_path) for run in runs
         ]  # all are looked at before the first is measured
         for of in opened:
-            found = jobs.landscape(of, alphas, directions, split, examples, steps, batch_size, seed)
-            console.say(f"{of.folder}: {jobs.rise(found)}")
+            found = landscapes.landscape(of, alphas, directions, split, examples, steps, batch_size, seed)
+            console.say(f"{of.folder}: {landscapes.rise(found)}")
         console.report([of.folder for of in opened], out)
 
     return job

@@ -90,7 +90,7 @@ class Data:
 class Model:
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
-    name: Literal["small-cnn", "mlp", "small-resnet", "preact-resnet18", "wide-resnet"] = "small-cnn"
+    name: Literal["small-cnn", "mlp", "small-resnet", "preact-resnet18", "vgg19-bn", "wide-resnet"] = "small-cnn"
     """Which network."""
     width: CountOrZero = 0
     """Channels of the first stage (small-cnn, small-resnet) or units of a hidden layer (mlp); 0 takes the network's
@@ -250,7 +250,7 @@ def _check_together(config: Train) -> None:
         raise BadInput(f"data.path: expected the archive or folder of {config.data.name}, got none")
     if config.data.name == "digits" and config.data.path is not None:
         raise BadInput(f"data.path: the digits are bundled, expected none, got {str(config.data.path)!r}")
-    if config.model.name in ("preact-resnet18", "wide-resnet") and config.model.width:
+    if config.model.name in ("preact-resnet18", "vgg19-bn", "wide-resnet") and config.model.width:
         raise BadInput(f"model.width: {config.model.name} has none, expected 0, got {config.model.width}")
     if config.attack.norm == "Linf" and config.attack.eps > 1:
         raise BadInput(f"attack.eps: pixels lie in [0, 1], expected at most 1 (as in 8/255), got {config.attack.eps:g}")

@@ -10,10 +10,13 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from saltflat.lab import jobs, record
+from saltflat.lab import record, trainings
 from saltflat.lab.config import BadInput
 from saltflat.lab.console import report, say
+from saltflat.lab.evaluations import How, evaluation
+from saltflat.lab.landscapes import landscape
 from saltflat.lab.recipes import RECIPES
+from saltflat.lab.subjects import from_run
 
 METHODS = ("at", "at-awp")
 ALPHAS = [i / 10 for i in range(-10, 11)]
@@ -30,9 +33,9 @@ def run(out: Path, seeds: int) -> None:
         if record.read_config(folder) != runs[folder]:
             raise BadInput(f"out: {folder} is a run of another config; choose another folder")
     for folder, config in runs.items():
-        jobs.resume(folder) if folder in there else jobs.train(config, folder)
+        trainings.resume(folder) if folder in there else trainings.train(config, folder)
         for checkpoint in ("best", "last"):
-            jobs.evaluate(jobs.opened(folder, checkpoint), ("clean", "fgsm", "pgd-20", "cw-20"), "test", 0, 512, 0)
-        jobs.landscape(jobs.opened(folder, "last"), ALPHAS, 1, "test", 400, 10, 400, 0)
+            evaluation(from_run(folder, checkpoint), ("clean", "fgsm", "pgd-20", "cw-20"), "test", 0, How(512))
+        landscape(from_run(folder, "last"), ALPHAS, 1, "test", 400, 10, 400, 0)
     path = report(list(runs), out / "report.html")
     say(f"done in {time.perf_counter() - began:.0f} s; open {path} in a browser")

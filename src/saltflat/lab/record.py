@@ -118,6 +118,17 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     write_text(path, json.dumps(content, indent=1) + "\n")
 
 
+def read_again(path: Path) -> dict[str, Any]:
+    """A finding that is there already; BadInput if it is not whole."""
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise BadInput(f"{path.parent.name}: {path} is not a whole file ({error}); delete it to begin anew") from None
+    if not isinstance(found, dict):
+        raise BadInput(f"{path.parent.name}: {path}: expected named fields; delete it to begin anew")
+    return found
+
+
 def digest(settings: dict[str, Any]) -> str:
     """Eight characters for a file name: equal settings overwrite their own earlier, equal, results and nothing else."""
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]

@@ -1,0 +1,132 @@
+"""The training behind `saltflat train`: read a config, run `fit`, write the run folder, show progress.
+
+Whatever can be wrong with the input is found before the first file is written or the first batch computed, and raised
+as `BadInput`.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from saltflat.lab import build, checkpoints, record
+from saltflat.lab.config import BadInput, Train
+from saltflat.lab.console import progress, say
+from saltflat.lab.threat import trained_against
+from saltflat.random import derived_seed
+from saltflat.train import Epoch, Stepped, fit
+
+
+@dataclass(frozen=True)
+class Ready:
+    """All that a training needs, found to be in order."""
+
+    config: Train
+    device: torch.device
+    sets: build.Sets
+    model: nn.Module
+
+
+def train(config: Train, out: Path) -> None:
+    """A new run in the folder `out`."""
+    ready = _ready(config)
+    gpu = ready.device.type == "cuda"
+    where = torch.cuda.get_device_name(ready.device) if gpu else str(ready.device)
+    versions = record.environment(where, torch.get_num_threads(), torch.version.cuda if gpu else None)
+    measured = {
+        "attack": trained_against(config.attack).pgd_in_words(config.evaluation.steps),
+        "mode": "eval",
+        "weights": build.weights_in_words(config),
+    }
+    record.create(out, config, versions, measured)
+    _train(ready, out, None)
+
+
+def resume(out: Path) -> None:
+    """Go on with a run from its last whole epoch; does nothing if it is finished."""
+    config = record.read_config(out)
+    path, metrics = out / "checkpoints" / "resume.pt", record.read_metrics(out)
+    if not path.exists() and len(metrics) > 1:
+        raise BadInput(f"run: {out} has {len(metrics)} epochs but no {path.name} to go on from")
+    ready, state = _ready(config), None
+    if path.exists():
+        state = checkpoints.load_state(path, ready.model, config.optimizer.average > 0)
+        if state["config"] != _identity(config):
+            changed = out / "config.yaml"
+            raise BadInput(f"run: {changed} was changed since the run began: put it back, or begin a new run")
+        if state["epoch"] >= config.optimizer.epochs:
+            say(f"{out} is finished: {config.optimizer.epochs} epochs.")
+            return
+    record.keep_metrics_until(out, 0 if state is None else state["epoch"])
+    _train(ready, out, state)
+
+
+def _identity(config: Train) -> str:
+    """A digest of all that decides the numbers; where, and on how many threads, a run goes on may change."""
+    return record.digest(asdict(replace(config, device="", threads=0, data=replace(config.data, path=None))))
+
+
+def _ready(config: Train) -> Ready:
+    if config.threads > (os.cpu_count() or 1):
+        raise BadInput(f"threads: expected at most this machine's {os.cpu_count()} cores, got {config.threads}")
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    device = build.device(config.device)
+    sets = build.sets(config)
+    torch.manual_seed(derived_seed(config.seed))  # dropout draws from torch's global generator
+    model = build.network(config, sets.train).to(device)
+    size = config.optimizer.batch_size
+    normalised = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
+    if normalised and (size == 1 or len(sets.train) % size == 1):
+        raise BadInput(
+            f"optimizer.batch_size: {len(sets.train)} images in batches of {size} leave one of a single image, "
+            "which has no statistics for BatchNorm"
+        )
+    return Ready(config, device, sets, model)
+
+
+def _train(ready: Ready, out: Path, state: dict[str, Any] | None) -> None:
+    config, model, sets = ready.config, ready.model, ready.sets
+    plan, done = build.plan(config), 0 if state is None else state["epoch"]
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    say(f"{config.recipe}, seed {config.seed}: {len(sets.train)} images, {parameters:,} parameters, in {out}")
+    began = time.perf_counter()
+    try:
+        with progress() as bar:
+            task = bar.add_task("training", total=None)
+            for event in fit(model, sets.train, sets.measured, plan, build.optimizer(config, model), state=state):
+                if isinstance(event, Stepped):
+                    bar.update(task, total=event.steps, completed=event.step, description=f"epoch {event.epoch}")
+                elif isinstance(event, Epoch):
+                    _keep(out, event, _identity(config))
+                    left = (time.perf_counter() - began) / (event.epoch - done) * (plan.epochs - event.epoch)
+                    say(_in_words(event, plan.epochs, left))
+    except KeyboardInterrupt:
+        say(f"interrupted; go on with: saltflat train --resume {out}")
+        raise
+
+
+def _keep(out: Path, event: Epoch, config: str) -> None:
+    """Metrics first, the state last: what stands in between is made again, equal, if the run is killed here."""
+    record.append_metrics(out, event.metrics)
+    if event.best:
+        checkpoints.save_weights(out / "checkpoints" / "best.safetensors", event.model)
+    checkpoints.save_weights(out / "checkpoints" / "last.safetensors", event.model)
+    checkpoints.save_state(out / "checkpoints" / "resume.pt", {**event.state, "config": config})
+
+
+def _in_words(event: Epoch, epochs: int, left: float) -> str:
+    metrics = event.metrics
+    train, test, gap = metrics["train"], metrics["test"], metrics["gap"]
+    return (
+        f"epoch {event.epoch:{len(str(epochs))}}/{epochs}  loss {metrics['loss']:.3f}  "
+        f"robust train {train['robust_accuracy']:6.2%}  test {test['robust_accuracy']:6.2%}  "
+        f"gap {gap['accuracy']:7.2%}  clean test {test['clean_accuracy']:6.2%}  {'best' if event.best else '    '}  "
+        f"eta {int(left) // 60}:{int(left) % 60:02}"
+    )
