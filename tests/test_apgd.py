@@ -84,7 +84,9 @@ def test_from_one_start_it_goes_where_pyautoattack_goes(kind, ball, loss, dtype)
     wrong = theirs.argmax(2) != y
     searched = wrong.cumsum(0) - wrong.long() == 0
     assert searched[-1].sum() > 20
-    apart = torch.stack([(loss(z, *labels) - loss(other, *labels)).abs() for z, other in zip(ours, theirs, strict=True)])
+    apart = torch.stack(
+        [(loss(z, *labels) - loss(other, *labels)).abs() for z, other in zip(ours, theirs, strict=True)]
+    )
     largest = torch.where(searched, apart, 0).amax(0)
     assert (largest < 1e-5).double().mean() >= (1.0 if dtype is torch.float64 or isinstance(ball, Linf) else 0.9)
     assert largest.max() < 1e-2
@@ -205,19 +207,21 @@ def test_three_quarters_of_the_steps_must_be_exceeded(rises, halved):
     values += [values[-1] + t for t in range(1, rises + 1)]
     values += [values[-1] - 1.0]
     values += [values[-1] + t for t in range(1, 44)]
-    back = returns(60, values, best=56)
+    back = returns(100, values, best=56)
     assert list(back) == ([57] if halved else [])
     assert list(back.values()) == pytest.approx([1.0] * halved)
 
 
-def test_without_a_new_best_it_is_halved_at_every_second_checkpoint():
-    """The loss rises until 22; from there it falls at the first step of each period and rises at all others, but stays
-    below.
+@pytest.mark.parametrize("best", [0, 22])
+def test_without_a_new_best_it_is_halved_at_every_second_checkpoint(best):
+    """From the best on, the loss falls at the first step of each period and rises at all others, but stays below; at
+    the first checkpoint it may. (The first step is compared with a loss of 0, so it counts as one that rose.)
     """
-    values = [1.0 + t for t in range(23)]
-    for start, end in zip(checkpoints(100), [*checkpoints(100)[1:], 100], strict=True):
-        values += [-100.0 - start + 0.01 * t for t in range(end - start)]
-    back = returns(100, values, best=22)
+    values = [100.0 + t for t in range(best + 1)]
+    starts = [start for start in [0, *checkpoints(100)] if start >= best]
+    for start, end in zip(starts, [*starts[1:], 100], strict=True):
+        values += [90.0 - start / 10 + 0.01 * t for t in range(end - start)]
+    back = returns(100, values, best)
     assert list(back) == [41, 70, 87, 99]
     assert list(back.values()) == pytest.approx([1.0, 0.5, 0.25, 0.125])
 
@@ -360,7 +364,9 @@ def test_a_larger_scale_of_the_gradient_changes_nothing(attack):
 # What an attack leaves alone
 
 
-@pytest.mark.parametrize("attack", [APGD(Linf(0.05), steps=5), APGD(L2(0.4), dlr, 5), TargetedAPGD(Linf(0.05), 1, steps=5)])
+@pytest.mark.parametrize(
+    "attack", [APGD(Linf(0.05), steps=5), APGD(L2(0.4), dlr, 5), TargetedAPGD(Linf(0.05), 1, steps=5)]
+)
 def test_weights_and_inputs_are_left_alone(attack):
     model, (x, y) = convolutional().eval(), batch()
     before, kept, start = state(model), x.clone(), (x + 0.01).clamp(0, 1)

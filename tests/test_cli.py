@@ -238,6 +238,7 @@ def test_a_checkpoint_of_another_architecture_is_refused(trained, tmp_path, caps
             ["evaluate", trained[0], "--batch-size", "0"],
             "batch_size: input should be greater than or equal to 1, got 0",
         ),
+        (["evaluate", trained[0], "--attacks"], "attacks: expected at least 1, got none"),
         (["landscape", trained[0], "--reach", "nan"], "reach: input should be a finite number"),
         (["landscape", trained[0], "--directions", "0"], "directions: input should be greater than or equal to 1"),
         (["report", trained[0], "--out", tmp_path], "out: expected a file, got the folder"),

@@ -39,13 +39,9 @@ from saltflat.inputs import PGD
 from saltflat.objectives import ce, margin
 from saltflat.random import PerExample
 
-# The table in `unusual_eps`, a norm a row
-USUAL: dict[type, tuple[float, float, float]] = {
-    Linf: (0.1, 8 / 255, 4 / 255),
-    L2: (1.5, 0.5, 3.0),
-    L1: (10.0, 12.0, 255.0),
-}
-POWER: dict[type, float] = {Linf: math.inf, L2: 2.0, L1: 1.0}
+# The table in `unusual_eps`, and p of each norm
+USUAL: dict[type, tuple[float, ...]] = {Linf: (0.1, 8 / 255, 4 / 255), L2: (1.5, 0.5, 3.0), L1: (10.0, 12.0, 255.0)}
+POWER = {Linf: math.inf, L2: 2.0, L1: 1.0}
 FACTOR = 10.0
 
 
@@ -68,8 +64,8 @@ def before(model: nn.Module, logits: Logits, x: Tensor, y: Tensor, ball: InputBa
     """Everything that can be said before an attack, from one batch: the flags of `train_mode`, `outside_box`,
     `unusual_eps`, `randomised`, `probabilities` and `zero_gradients`, in this order.
 
-    `model` is what `logits` calls, and often is `logits`: its modes are looked at, and its buffers put back. x are clean
-    inputs, `ball` is what will be searched. Cost: 7 forwards and 2 backwards of the batch.
+    `model` is what `logits` calls, and often is `logits`; its modes are looked at, and its buffers put back. x are the
+    clean inputs, and `ball` is what will be searched. Cost: 7 forwards and 2 backwards of the batch.
 
     >>> model = nn.Sequential(nn.Flatten(), nn.Dropout(0.5), nn.Linear(48, 2))
     >>> x, y = torch.rand(8, 3, 4, 4), torch.zeros(8, dtype=torch.long)
@@ -102,8 +98,6 @@ def train_mode(model: nn.Module) -> Flag | None:
 
     >>> train_mode(nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2), nn.Dropout())).found
     '2 of 2 modules: 1 (BatchNorm1d), 2 (Dropout)'
-    >>> train_mode(nn.Sequential(nn.BatchNorm1d(2), nn.Dropout()).eval()) is None
-    True
     """
     layers = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, _BatchNorm | _DropoutNd)]
     training = [f"{name or 'model'} ({type(layer).__name__})" for name, layer in layers if _as_in_training(layer)]
@@ -125,8 +119,6 @@ def outside_box(x: Tensor, box: Box) -> Flag | None:
 
     >>> outside_box(torch.tensor([[0.0, 255.0]]), (0.0, 1.0)).found
     'x goes from 0 to 255, and the box from 0 to 1; 1 of 1 inputs leave it'
-    >>> outside_box(torch.tensor([[0.0, 1.0]]), (0.0, 1.0)) is None
-    True
     """
     if box is None or x.numel() == 0:
         return None
@@ -251,7 +243,7 @@ def probabilities(logits: Logits, x: Tensor) -> Flag | None:
     with _undisturbed(logits, x), torch.no_grad():
         z = logits(x)
     slack, p = max(1e-5, 2 * torch.finfo(z.dtype).eps), z.double()
-    if (p < -slack).any() or (p > 1 + slack).any() or not ((p.sum(1) - 1).abs() <= slack).all():
+    if (p < -slack).any() or not ((p.sum(1) - 1).abs() <= slack).all():
         return None
     return _flag(probabilities, f"the outputs of all {len(x)} inputs lie in [0, 1] and sum to 1")
 
@@ -301,24 +293,21 @@ def black_box_beats_white_box(white: Tensor, black: Tensor) -> Flag | None:
 
         took = #{i: white_i and not black_i}
 
-    Raised if: took > 0.2 % of the N examples (clean mistakes among them), and took >= 2. So few are found by luck, and
-    a single example says nothing.
+    Raised if: took > 0.2 % of the N examples (clean mistakes among them), and took >= 2. So few are found by luck, if
+    the gradients had their chance: after APGD-CE and APGD-T. After PGD alone, Square takes up to 2 % of the examples in
+    small networks that hide nothing.
 
-    Explanation: An attack that knows the gradient sees more than one that does not, and should lose to it nowhere. If
-    it does, the gradients mislead it, and the accuracy is an upper bound that a better attack would lower. Give the
-    black-box attacks more queries and restarts, and attack what hides the gradient.
+    Explanation: Attacks that know the gradient see more than one that does not, and should leave it nothing. If they
+    do, the gradients mislead them, or they gave up early, and the accuracy is an upper bound that a better attack would
+    lower. Give the black-box attacks more queries and restarts, and attack what hides the gradient.
 
     Args:
-        white: (N,) bool, right after the attacks with gradients: `verdicts.robust(k)` of a column whose first k stages
-            these are, or the conjunction of several columns.
-        black: (N,) bool, right after Square or SPSA: `verdicts.robust()` of that column, or of one of their own.
-            Examples that were fooled before need not be tried again.
+        white: (N,) bool, right after all attacks with gradients; `verdicts.robust(k)`, if they are the first k stages.
+        black: (N,) bool, right after Square or SPSA, which need not try again what was fooled; `verdicts.robust()`.
 
     >>> white = torch.ones(100, dtype=torch.bool)
     >>> black_box_beats_white_box(white, torch.arange(100) > 4).found
     'robust accuracy falls from 100.00 % to 95.00 %: 5 of 100 examples'
-    >>> black_box_beats_white_box(white, torch.arange(100) > 0) is None
-    True
     """
     if not white.dtype == black.dtype == torch.bool or white.ndim != 1 or white.shape != black.shape:
         raise ValueError(
@@ -345,8 +334,9 @@ def weak_pgd(
     PGD on cross-entropy, step size eps / 4, uniform starts, every iterate looked at, as in the suites' columns. The
     first of the long runs begins where PGD-20 does, and goes on from where that ends.
 
-    Raised if: lost >= 3 and lost > 5 % of n, so at least 4 of 64. Adversarially trained networks lose 0 to 2 % in L-inf;
-    then 4 of 64 are lost by chance once in 25 batches at most. In L1, which PGD does not search, nothing is raised.
+    Raised if: lost >= 3 and lost > 5 % of n, so at least 4 of 64. Small networks, trained adversarially, lose 0 to 2 %
+    in L-inf; at 2 %, 4 of 64 are lost by chance once in 25 batches. One lost 7 % in L2, of which APGD alone finds half:
+    there PGD-20 is weak indeed. In L1, which PGD does not search, nothing is raised.
 
     Explanation: The loss around the inputs is so uneven that PGD stops in local maxima or passes by what it looks for,
     and how robust the network seems depends on steps and restarts. Its robust accuracy under PGD-20 is too high, and
@@ -419,10 +409,8 @@ def _as_in_training(layer: _BatchNorm | _DropoutNd) -> bool:
 def _column_of_usual(inputs: tuple[int, ...]) -> int | None:
     if len(inputs) != 3:
         return None
-    channels, pixels = inputs[0], inputs[1] * inputs[2]
-    if pixels > 64 * 64:
-        return 2
-    return 0 if channels == 1 and pixels <= 32 * 32 else 1
+    pixels = inputs[1] * inputs[2]
+    return 2 if pixels > 64 * 64 else int(inputs[0] > 1 or pixels > 32 * 32)
 
 
 def _missing(value: Tensor, leaf: Tensor) -> Tensor:

@@ -28,7 +28,8 @@ def lean(model: nn.Module, dtype: torch.dtype | None = None) -> Logits:
         model: any; it is not changed, and later changes of its weights are not seen.
         dtype: `torch.bfloat16` or `torch.float16` for a forward under autocast, with logits in that dtype.
 
-    A subclass of BatchNorm may compute something else and stays as it is; so does a network that cannot be copied.
+    A BatchNorm of a subclass or with hooks may compute something else and stays as it is; so does a network that cannot
+    be copied.
 
     >>> model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2)).eval()
     >>> x = torch.rand(2, 1, 4, 4)
@@ -65,10 +66,10 @@ class _Affine(nn.Module):
         assert norm.running_mean is not None
         assert norm.running_var is not None
         scale = (norm.running_var.double() + norm.eps).rsqrt()
-        if norm.affine:
+        if norm.weight is not None:
             scale = scale * norm.weight.detach().double()
         shift = -norm.running_mean.double() * scale
-        if norm.affine:
+        if norm.bias is not None:
             shift = shift + norm.bias.detach().double()
         self.register_buffer("scale", scale.to(norm.running_mean.dtype))
         self.register_buffer("shift", shift.to(norm.running_mean.dtype))
@@ -81,8 +82,13 @@ class _Affine(nn.Module):
 def _replace_norms(network: nn.Module) -> None:
     for module in list(network.modules()):
         for name, child in list(module.named_children()):
-            if isinstance(child, _BatchNorm) and type(child) in NORMS and child.running_mean is not None:
+            if isinstance(child, _BatchNorm) and _is_affine(child):
                 setattr(module, name, _Affine(child))
+
+
+def _is_affine(norm: _BatchNorm) -> bool:
+    hooks = [*norm._forward_pre_hooks, *norm._forward_hooks, *norm._backward_pre_hooks, *norm._backward_hooks]
+    return type(norm) in NORMS and norm.running_mean is not None and not hooks
 
 
 def _lay_out(network: nn.Module, dtype: torch.dtype | None) -> None:

@@ -95,7 +95,7 @@ def resume(resume: Folder) -> Job:
 @command
 def evaluate(
     run: RunOrCheckpoint,
-    attacks: tuple[str, ...] = (),
+    attacks: Annotated[tuple[str, ...], Field(min_length=1)] = ("clean", "fgsm", "pgd-20", "cw-20"),
     suite: Literal["standard", "fast", "paper"] | None = None,
     checkpoint: str = "best",
     weights: Path | None = None,
@@ -122,8 +122,7 @@ def evaluate(
     Args:
         run: a run folder, a .safetensors file in one, or, with --model, a checkpoint of others.
         attacks: any of clean, fgsm, pgd-K, cw-K (PGD on the margin; xR restarts, as in pgd-100x10), apgd-ce, apgd-dlr,
-            apgd-t, fab-t, square, spsa, standard, fast; A+B gives B only those that survive A. Default clean fgsm
-            pgd-20 cw-20.
+            apgd-t, fab-t, square, spsa, standard, fast; A+B gives B only those that survive A.
         suite: in place of attacks: standard (AutoAttack), fast (its APGD-CE and APGD-T alone), or paper (fgsm pgd-20
             pgd-100 cw-100 spsa standard), each with clean.
         checkpoint: best (on validation), or last.
@@ -146,8 +145,6 @@ def evaluate(
         key: beside --model: where in the file the weights are, if it holds several.
         out: beside --model: folder of the outcomes; default evaluations/CHECKPOINT.
     """
-    if suite is not None and attacks:
-        raise BadInput(f"attacks: expected none beside --suite {suite}, got {attacks[0]!r}")
     foreign = {"data": data, "mean": mean, "std": std, "key": key, "out": out}
     if model is None and (given := [name for name, value in foreign.items() if value]):
         raise BadInput(f"{given[0]}: goes with --model, a run knows its own; got {foreign[given[0]]!r}")
@@ -167,7 +164,7 @@ def evaluate(
             held = threat.Threat(norm or "Linf", eps, step_size or subjects.STEP * eps)
             about = subjects.Foreign(model, data, data_path, mean, std, key)
             subject = subjects.from_file(run, about, held, device, out or Path("evaluations") / run.stem)
-        names = threat.SUITES[suite] if suite else attacks or ("clean", "fgsm", "pgd-20", "cw-20")
+        names = threat.SUITES[suite] if suite else attacks
         how = evaluations.How(batch_size, seed, precision, padded)
         evaluations.show(subject, evaluations.evaluation(subject, names, split, examples, how))
 

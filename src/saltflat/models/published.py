@@ -32,6 +32,7 @@ NAMES = (
     "preact-resnet18, wide-resnet-DEPTH-WIDEN (such as wide-resnet-34-10), vgg19-bn, small-resnet-WIDTH, "
     "small-cnn-WIDTH or module:factory"
 )
+CONSTANTS = {"mu": "sigma", "mean": "std"}
 UNUSED = {"sub_block1", "num_batches_tracked", "n_averaged"}  # a stage that never runs, counters of two kinds
 
 
@@ -168,7 +169,7 @@ def _prefix(state: Iterable[str], expected: Iterable[str]) -> str:
     """What stands before a model's names in a file: the prefix under which most of them are there."""
     known = set(expected)
     prefixes = Counter(name.removesuffix(end) for name in state for end in _ends(name) if end in known)
-    return min(prefixes, key=lambda prefix: (-prefixes[prefix], len(prefix)), default="")
+    return max(prefixes, key=prefixes.__getitem__, default="")
 
 
 def _ends(name: str) -> Iterator[str]:
@@ -182,8 +183,8 @@ def _constants(rest: Mapping[str, Tensor]) -> dict[str, Tensor]:
     pairs = []
     for name in rest:
         parent, dot, last = name.rpartition(".")
-        partner = parent + dot + {"mu": "sigma", "mean": "std"}.get(last, "")
-        if partner in rest and partner != name and rest[partner].shape == rest[name].shape:
+        partner = parent + dot + CONSTANTS.get(last, "")
+        if last in CONSTANTS and partner in rest and rest[partner].shape == rest[name].shape:
             pairs.append({name: rest[name], partner: rest[partner]})
     return pairs[0] if len(pairs) == 1 else {}
 

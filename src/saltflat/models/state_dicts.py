@@ -105,8 +105,8 @@ def _unpickled(path: Path) -> Any:
     # torch's own advice, to read the file with its code, is kept from the reader
     if named := re.search(r"GLOBAL (\S+)", message):
         raise ValueError(
-            f"{path}: refused, the pickle names {named[1]!r}, which is code; nothing was run. Expected tensors in plain "
-            "containers, or safetensors"
+            f"{path}: refused, the pickle names {named[1]!r}, which is code; nothing was run. Expected tensors in "
+            "plain containers, or safetensors"
         )
     reason = _first_sentence(message.rpartition("WeightsUnpickler error:")[2]) or "it ends too early"
     raise ValueError(f"{path}: not a file of weights, or not a whole one: {reason}; nothing in it was run")

@@ -1,0 +1,142 @@
+"""How long AutoAttack's standard version takes here, and in pyautoattack: ratios of alternating runs in one process.
+
+    python benchmarks/evaluation_speed.py RUN --eps 4/255 --examples 96 --out speed.json
+
+Each round runs pyautoattack (fp32), ours in fp32, and ours in bf16 with every success asked again in fp32, one after
+the other, on the same examples with full budgets. A ratio is that of two runs of one round. The share of time in the
+model is that between a forward's beginning and its end, and between a backward's entering the model and its leaving.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from peer import standard as by_peer
+from torch import Tensor, nn
+
+from saltflat.evaluation.suite import evaluate, prepared, standard
+from saltflat.lab import record
+from saltflat.lab.config import number, shown
+from saltflat.lab.subjects import chosen, from_run, with_threat
+
+
+class Timed(nn.Module):
+    """A network, and the seconds spent in its forwards and backwards; copies add to the same clock."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network, self.clock = network, Clock()
+
+    def forward(self, x: Tensor) -> Tensor:
+        began = time.perf_counter()
+        x = x.view_as(x)
+        if x.requires_grad:
+            x.register_hook(lambda gradient: self.clock.stop())
+        z: Tensor = self.network(x)
+        self.clock.seconds += time.perf_counter() - began
+        if z.requires_grad:
+            z.register_hook(lambda gradient: self.clock.start())
+        return z
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.seconds, self.began = 0.0, 0.0
+
+    def __deepcopy__(self, memo: object) -> Clock:
+        return self
+
+    def start(self) -> None:
+        self.began = time.perf_counter()
+
+    def stop(self) -> None:
+        self.seconds += time.perf_counter() - self.began
+
+
+def measured(work: Callable[[], Tensor], clock: Clock) -> dict[str, Any]:
+    """Seconds, the model's share of them, and who stayed right."""
+    clock.seconds, began = 0.0, time.perf_counter()
+    robust = work()
+    seconds = time.perf_counter() - began
+    return {"seconds": seconds, "in_model": clock.seconds / seconds, "robust": robust}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path)
+    parser.add_argument("--checkpoint", default="last")
+    parser.add_argument("--data-path", type=Path, default=None)
+    parser.add_argument("--norm", default=None)
+    parser.add_argument("--eps", type=number, default=None)
+    parser.add_argument("--examples", type=int, default=96)
+    parser.add_argument("--batch-size", type=int, default=96)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=None)
+    given = parser.parse_args()
+
+    of = with_threat(from_run(given.run, given.checkpoint, "cpu", None, given.data_path), given.norm, given.eps, None)
+    images, y, _ = chosen(of, "test", given.examples)
+    model = Timed(of.model)
+    x, ball, norm, eps = prepared(images, model), of.threat.ball, of.threat.norm, of.threat.eps
+
+    def peer() -> Tensor:
+        return by_peer(model, x, y, norm, eps, batch_size=given.batch_size, seed=given.seed)
+
+    def ours(dtype: torch.dtype | None) -> Tensor:
+        *_, last = evaluate(
+            model, x, y, [standard(ball)], batch_size=given.batch_size, seed=given.seed, dtype=dtype
+        )
+        return last.verdicts["standard"].robust()
+
+    contenders = {"pyautoattack": peer, "fp32": lambda: ours(None), "bf16": lambda: ours(torch.bfloat16)}
+    rounds: list[dict[str, dict[str, Any]]] = []
+    for _ in range(given.rounds):
+        rounds.append({})
+        for name, work in contenders.items():
+            found = rounds[-1][name] = measured(work, model.clock)
+            print(
+                f"round {len(rounds)}  {name:12}  {found['seconds']:7.1f} s  {found['in_model']:6.1%} in the model  "
+                f"{int(found['robust'].sum())} of {len(y)} robust",
+                flush=True,
+            )
+    robust = rounds[0]["pyautoattack"]["robust"]
+    summary: dict[str, Any] = {}
+    for name in ("fp32", "bf16"):
+        ratios = [each[name]["seconds"] / each["pyautoattack"]["seconds"] for each in rounds]
+        differ = int((rounds[0][name]["robust"] != robust).sum())
+        summary[name] = {"ratios": ratios, "median": statistics.median(ratios), "verdicts_that_differ": differ}
+        print(f"{name}: {statistics.median(ratios):.3f} of pyautoattack's time ({min(ratios):.3f} to {max(ratios):.3f}), ")
+        print(f"      {differ} of {len(y)} verdicts differ")
+    if given.out is not None:
+        plain = [
+            {name: {**found, "robust": int(found["robust"].sum())} for name, found in each.items()} for each in rounds
+        ]
+        record.write_json(
+            given.out,
+            {
+                "what": "AutoAttack standard, full budgets",
+                "run": given.run.name,
+                "sha256": of.sha256,
+                "parameters": sum(parameter.numel() for parameter in of.model.parameters()),
+                "norm": norm,
+                "eps": shown(eps),
+                "n": len(y),
+                "batch_size": given.batch_size,
+                "seed": given.seed,
+                "rounds": plain,
+                "summary": summary,
+                "environment": record.environment("cpu", torch.get_num_threads(), None),
+            },
+        )
+
+
+if __name__ == "__main__":
+    main()
