@@ -10,7 +10,6 @@ model is that between a forward's beginning and its end, and between a backward'
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable
@@ -91,9 +90,7 @@ def main() -> None:
         return by_peer(model, x, y, norm, eps, batch_size=given.batch_size, seed=given.seed)
 
     def ours(dtype: torch.dtype | None) -> Tensor:
-        *_, last = evaluate(
-            model, x, y, [standard(ball)], batch_size=given.batch_size, seed=given.seed, dtype=dtype
-        )
+        *_, last = evaluate(model, x, y, [standard(ball)], batch_size=given.batch_size, seed=given.seed, dtype=dtype)
         return last.verdicts["standard"].robust()
 
     contenders = {"pyautoattack": peer, "fp32": lambda: ours(None), "bf16": lambda: ours(torch.bfloat16)}
@@ -113,8 +110,8 @@ def main() -> None:
         ratios = [each[name]["seconds"] / each["pyautoattack"]["seconds"] for each in rounds]
         differ = int((rounds[0][name]["robust"] != robust).sum())
         summary[name] = {"ratios": ratios, "median": statistics.median(ratios), "verdicts_that_differ": differ}
-        print(f"{name}: {statistics.median(ratios):.3f} of pyautoattack's time ({min(ratios):.3f} to {max(ratios):.3f}), ")
-        print(f"      {differ} of {len(y)} verdicts differ")
+        spread = f"{min(ratios):.3f} to {max(ratios):.3f}"
+        print(f"{name}: {statistics.median(ratios):.3f} of pyautoattack's time ({spread}), {differ} verdicts differ")
     if given.out is not None:
         plain = [
             {name: {**found, "robust": int(found["robust"].sum())} for name, found in each.items()} for each in rounds

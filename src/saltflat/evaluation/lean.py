@@ -18,6 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from saltflat.evaluation.search import Logits
 
 CAST = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)  # what autocast runs in lower precision
+HALF = (torch.bfloat16, torch.float16)
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
@@ -60,6 +61,7 @@ class _Affine(nn.Module):
 
     scale: Tensor
     shift: Tensor
+    spread: tuple[Tensor, Tensor] | None = None
 
     def __init__(self, norm: _BatchNorm) -> None:
         super().__init__()
@@ -75,8 +77,21 @@ class _Affine(nn.Module):
         self.register_buffer("shift", shift.to(norm.running_mean.dtype))
 
     def forward(self, x: Tensor) -> Tensor:
+        scale, shift = self._spread(x) if x.dtype in HALF else self._by_channel(x)
+        return torch.addcmul(shift, x, scale)
+
+    def _by_channel(self, x: Tensor) -> tuple[Tensor, Tensor]:
         shape = (-1, *[1] * (x.ndim - 2))
-        return torch.addcmul(self.shift.to(x.dtype).view(shape), x, self.scale.to(x.dtype).view(shape))
+        return self.scale.to(x.dtype).view(shape), self.shift.to(x.dtype).view(shape)
+
+    def _spread(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Both for every pixel, laid out as x is: in half precision, torch's CPU kernels broadcast channels one number
+        at a time, which takes up to ten times as long.
+        """
+        if self.spread is None or self.spread[0].shape[1:] != x.shape[1:] or self.spread[0].dtype != x.dtype:
+            scale, shift = (torch.empty_like(x[:1]).copy_(values) for values in self._by_channel(x))
+            self.spread = scale, shift
+        return self.spread
 
 
 def _replace_norms(network: nn.Module) -> None:

@@ -7,7 +7,8 @@
 An attack is a generator: it yields a `Trial` of all rows that are still in the search, and is sent the indices of the
 rows that go on, or None when all do. `find` runs it and decides: no attack is believed. Whatever looks fooled is put
 into the ball and the box exactly, and the classifier is asked once more, in full precision; only then the row leaves
-the search. So attacks are free to run in half precision, and nobody computes for an example that is already fooled.
+the search. After a refusal it is asked again when the attack sees a larger margin. So attacks are free to run in half
+precision, and nobody computes for an example that is already fooled.
 """
 
 from __future__ import annotations
@@ -61,8 +62,8 @@ class Found:
         x_adv: (N, ...) in the ball and the box; x itself where nothing was found.
         fooled: (N,) bool, misclassified at x_adv in full precision.
         iteration: (N,) int64, how many trials came before the one that fooled it; -1 where none did.
-        margin: (N,) max_{k != y} z_k - z_y: at x_adv where fooled, else the largest that the attack saw; of what was
-            decided in full precision, that value.
+        margin: (N,) max_{k != y} z_k - z_y: at x_adv where fooled, else the largest that the attack saw. Of what was
+            decided in full precision, that value counts; claims no larger than a refused one do not.
     """
 
     x_adv: Tensor
@@ -103,13 +104,13 @@ def find(
     >>> find(APGD(Linf(0.1)), model, x, y).fooled
     tensor([ True, False])
     """
-    decide, count = exact or logits, len(x)
+    decide, count, x = exact or logits, len(x), x.detach()
     rows = torch.arange(count, device=x.device)
-    x_adv, fooled = x.detach().clone(), torch.zeros(count, dtype=torch.bool, device=x.device)
+    x_adv, fooled = x.clone(), torch.zeros(count, dtype=torch.bool, device=x.device)
     iteration = torch.full_like(rows, -1)
     largest = torch.full((count,), -math.inf, device=x.device, dtype=torch.promote_types(x.dtype, torch.float32))
     refused = largest.clone()
-    search, kept, tried = attack(logits, x.detach(), y, generator=generator), None, 0
+    search, kept, tried = attack(logits, x, y, generator=generator), None, 0
     while len(rows) > 0:
         try:
             trial = search.send(kept)
@@ -120,14 +121,17 @@ def find(
         if trial.inside is not None:
             value = torch.where(trial.inside, value, -math.inf)
         threshold = -slack * z.abs().amax(1) if slack else 0.0
-        looks = ((value >= threshold) & (value > refused[rows])).nonzero()[:, 0]
+        claimed = ~(value < threshold)  # NaN, too: half precision overflows
+        known = value <= refused[rows]
+        looks = (claimed & ~known).nonzero()[:, 0]
+        value = torch.where(claimed & known, -math.inf, value)
         if len(looks) > 0:
             at = rows[looks]
             point = feasible(attack.ball, trial.x_adv[looks].detach(), x[at])
             with torch.no_grad():
                 answer = decide(point)
             sure = answer.argmax(1) != y[at]
-            refused[at] = value[looks]
+            refused[at] = torch.fmax(refused[at], value[looks])
             value[looks] = margin(answer, y[at]).to(value.dtype)
             won = at[sure]
             x_adv[won], fooled[won], iteration[won] = point[sure], True, tried
@@ -137,7 +141,7 @@ def find(
                 going_on[looks[sure]] = False
                 kept = going_on.nonzero()[:, 0]
                 rows, value = rows[kept], value[kept]
-        largest[rows] = torch.maximum(largest[rows], value)
+        largest[rows] = torch.fmax(largest[rows], value)
         tried += 1
     search.close()
     return Found(x_adv, fooled, iteration, largest)
@@ -147,8 +151,8 @@ def feasible(ball: InputBall, x_adv: Tensor, x: Tensor) -> Tensor:
     """x_adv put into the ball and the box of its dtype: L-inf within [fl(x - eps), fl(x + eps)], L2 and L1 within
     eps (1 + 1e-6) as measured in float64, the box exactly.
     """
-    v = ball.project(x_adv - x, x).double()
-    v = ball.project(v, x.double())
+    v = x_adv.double() - x.double()  # not rounded, so that members stay where they are
+    v = ball.project(torch.where(v.isfinite(), v, 0), x.double())
     point = (x.double() + v).to(x.dtype)
     if not isinstance(ball, Linf):  # a sum over many numbers that were rounded up would leave the ball
         point = torch.where((point.double() - x.double()).abs() > v.abs(), point.nextafter(x), point)

@@ -56,7 +56,7 @@ class Stage:
         name: what tables call it; consecutive stages of one name are one row.
         attack: what is run.
         cost: forwards it takes for an example that it does not fool; a gradient counts as one more.
-        rank: of the target class, if it has one; stages of one name differ in it.
+        rank: of the target class, if it has one, or of the start; stages of one name differ in it.
         precise: it must be given logits in full precision.
     """
 
@@ -92,8 +92,9 @@ def pgd(ball: InputBall, steps: int, step_size: float, restarts: int = 1, loss: 
     return Column(name, (Stage(name, attack, restarts * (2 * steps + 1)),))
 
 
-def apgd_ce(ball: InputBall, steps: int = 100) -> Column:
-    return Column("apgd-ce", (Stage("apgd-ce", _ascent(ball, ce, steps), 2 * steps + 2),))
+def apgd_ce(ball: InputBall, steps: int = 100, restarts: int = 1) -> Column:
+    attack = _ascent(ball, ce, steps)
+    return Column("apgd-ce", tuple(Stage("apgd-ce", attack, 2 * steps + 2, start) for start in range(restarts)))
 
 
 def apgd_dlr(ball: InputBall, steps: int = 100) -> Column:
@@ -135,14 +136,20 @@ def chained(name: str, columns: Sequence[Column]) -> Column:
 
 
 def standard(ball: InputBall, *, steps: int = 100, queries: int = 5000, targets: int = TARGETS) -> Column:
-    """AutoAttack's standard version."""
-    parts = [apgd_ce(ball, steps), apgd_t(ball, steps, targets), fab_t(ball, steps, targets), square(ball, queries)]
+    """AutoAttack's standard version; in L1 with five starts of APGD-CE and, at most, five targets of APGD-T, as there."""
+    parts = [_apgd_of_standard(ball, steps, targets), fab_t(ball, steps, targets), square(ball, queries)]
     return chained("standard", parts)
 
 
 def fast(ball: InputBall, *, steps: int = 100, targets: int = TARGETS) -> Column:
     """The two attacks of `standard` that decide nearly always."""
-    return chained("fast", [apgd_ce(ball, steps), apgd_t(ball, steps, targets)])
+    return chained("fast", [_apgd_of_standard(ball, steps, targets)])
+
+
+def _apgd_of_standard(ball: InputBall, steps: int, targets: int) -> Column:
+    if isinstance(ball, L1):
+        return chained("apgd", [apgd_ce(ball, steps, restarts=5), apgd_t(ball, steps, min(targets, 5))])
+    return chained("apgd", [apgd_ce(ball, steps), apgd_t(ball, steps, targets)])
 
 
 def paper(ball: InputBall, step_size: float | None = None) -> tuple[Column, ...]:
