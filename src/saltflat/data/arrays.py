@@ -6,10 +6,12 @@ y    (N,), integers >= 0
 
 import zipfile
 import zlib
+from collections.abc import Sequence
 from os import PathLike
 
 import numpy as np
 import torch
+from numpy.lib.npyio import NpzFile
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -26,14 +28,7 @@ def arrays(path: str | PathLike[str]) -> tuple[Tensor, Tensor]:
     ...     arrays(f"{folder}/mine.npz")[1]
     tensor([0, 1, 0, 1])
     """
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            found: dict[str, NDArray[np.generic]] = {name: file[name] for name in ("x", "y") if name in file.files}
-    except (OSError, ValueError, EOFError, AttributeError, zipfile.BadZipFile, zlib.error) as error:
-        raise ValueError(f"{path}: expected a whole npz file of numbers: {error}") from None
-    if missing := [name for name in ("x", "y") if name not in found]:
-        raise ValueError(f"{path}: expected arrays x and y, there is no {missing[0]}")
-    x, y = found["x"], found["y"]
+    x, y = npz(path, ("x", "y"))
     if x.dtype != np.uint8 and not np.issubdtype(x.dtype, np.floating):
         raise ValueError(f"{path}: x: expected uint8 or floating numbers, got {x.dtype}")
     if x.ndim < 2 or x.size == 0:
@@ -46,3 +41,19 @@ def arrays(path: str | PathLike[str]) -> tuple[Tensor, Tensor]:
         raise ValueError(f"{path}: y: expected classes >= 0, got {y.min()}")
     inputs = torch.from_numpy(x if x.dtype in (np.uint8, np.float32, np.float64) else x.astype(np.float32))
     return inputs, torch.from_numpy(y.astype(np.int64))
+
+
+def npz(path: str | PathLike[str], names: Sequence[str]) -> list[NDArray[np.generic]]:
+    """Some arrays of an npz file; no code in it is ever run. ValueError, in one line, if it cannot be read whole, or
+    lacks one of them.
+    """
+    try:
+        with open(path, "rb") as file:  # numpy leaves it open if it is no archive
+            archive = np.load(file, allow_pickle=False)
+            if not isinstance(archive, NpzFile):
+                raise ValueError("this is one array alone")
+            if missing := [name for name in names if name not in archive.files]:
+                raise ValueError(f"there is no array {missing[0]!r} in it")
+            return [archive[name] for name in names]
+    except (OSError, ValueError, EOFError, AttributeError, zipfile.BadZipFile, zlib.error) as error:
+        raise ValueError(f"{path}: expected a whole npz file of numbers: {error}") from None

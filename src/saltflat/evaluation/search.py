@@ -141,7 +141,7 @@ def find(
                 going_on[looks[sure]] = False
                 kept = going_on.nonzero()[:, 0]
                 rows, value = rows[kept], value[kept]
-        largest[rows] = torch.fmax(largest[rows], value)
+        largest[rows] = torch.maximum(largest[rows], value)
         tried += 1
     search.close()
     return Found(x_adv, fooled, iteration, largest)

@@ -136,7 +136,7 @@ def chained(name: str, columns: Sequence[Column]) -> Column:
 
 
 def standard(ball: InputBall, *, steps: int = 100, queries: int = 5000, targets: int = TARGETS) -> Column:
-    """AutoAttack's standard version; in L1 with five starts of APGD-CE and, at most, five targets of APGD-T, as there."""
+    """AutoAttack's standard version; in L1, with five starts of APGD-CE and at most five targets of APGD-T."""
     parts = [_apgd_of_standard(ball, steps, targets), fab_t(ball, steps, targets), square(ball, queries)]
     return chained("standard", parts)
 

@@ -1,4 +1,4 @@
-"""The command line: `saltflat demo | recipes | train | evaluate | landscape | report`.
+"""The command line: `saltflat demo | recipes | train | evaluate | export | landscape | report`.
 
 Parsing and doing are apart: each command below only says what to do, as a function without arguments, so that bad
 input is one line on stderr and exit code 2 before anything was touched. torch is imported when the doing begins.
@@ -161,12 +161,51 @@ def evaluate(
             subject = subjects.with_threat(found, norm, eps, step_size)
         else:
             assert eps is not None
+            sys.path.insert(0, "")  # module:factory may lie in the current folder, as for `python -m`
             held = threat.Threat(norm or "Linf", eps, step_size or subjects.STEP * eps)
             about = subjects.Foreign(model, data, data_path, mean, std, key)
             subject = subjects.from_file(run, about, held, device, out or Path("evaluations") / run.stem)
         names = threat.SUITES[suite] if suite else attacks
         how = evaluations.How(batch_size, seed, precision, padded)
         evaluations.show(subject, evaluations.evaluation(subject, names, split, examples, how))
+
+    return job
+
+
+@command
+def export(
+    run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")],
+    out: Folder,
+    checkpoint: str = "best",
+    title: str = "",
+    licence: str = "unknown",
+    name: str = "",
+    authors: str = "",
+    link: str = "",
+    venue: str = "",
+    data_path: Path | None = None,
+) -> Job:
+    """Write a run's network and its evaluations for others: a folder that the Hugging Face hub takes, and a RobustBench
+    entry where AutoAttack was run.
+
+    Args:
+        run: a run folder.
+        out: a folder that is new or empty.
+        checkpoint: best (on validation), or last.
+        title: of the model card; default the recipe and its seed.
+        licence: of the weights, as the hub calls it: mit, apache-2.0, cc-by-4.0.
+        name: of the paper, for RobustBench.
+        authors: of the paper.
+        link: to the paper.
+        venue: of the paper.
+        data_path: where the run's data are now; default where they were.
+    """
+
+    def job() -> None:
+        from saltflat.lab import exports
+
+        paper = exports.Paper(name, authors, link, venue)
+        exports.export_run(run, checkpoint, out, title=title, licence=licence, paper=paper, data_path=data_path)
 
     return job
 

@@ -6,17 +6,15 @@ COLUMN_by, COLUMN_iteration, COLUMN_margin (N,), for each column; see `saltflat.
 
 from __future__ import annotations
 
-import zipfile
-import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
+from saltflat.data.arrays import npz
 from saltflat.evaluation.suite import Done, Verdicts
 from saltflat.lab import record
 from saltflat.lab.config import BadInput
@@ -47,10 +45,9 @@ def read(path: Path, columns: Sequence[str], labels: Tensor) -> Kept:
     """What `write` wrote of these columns and examples. BadInput, in one line, if it is cut, or another's."""
     names = ["label", "reached", *(f"{column}_{part}" for column in columns for part in PARTS)]
     try:
-        with np.load(path, allow_pickle=False) as file:
-            found: dict[str, NDArray[np.generic]] = {name: file[name] for name in names}
-    except (OSError, ValueError, EOFError, KeyError, AttributeError, zipfile.BadZipFile, zlib.error) as error:
-        raise BadInput(f"outcomes: {path} is not a whole outcomes file ({error}); delete it to begin anew") from None
+        found = dict(zip(names, npz(path, names), strict=True))
+    except ValueError as error:
+        raise BadInput(f"outcomes: {error}; delete it to begin anew") from None
     alike = all(found[name].shape == labels.shape for name in names if name != "reached")
     if not alike or found["reached"].shape != (5,) or not np.array_equal(found["label"], labels.numpy()):
         raise BadInput(f"outcomes: {path} is of other examples; delete it to begin anew")
