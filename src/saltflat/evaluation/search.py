@@ -91,7 +91,7 @@ def find(
         y: (N,) int64 classes.
         exact: x' -> logits, what decides; default `logits`.
         slack: what half precision may get wrong, relative to the largest logit: rows whose margin lies above
-            -slack * max |z| are looked at by `exact`, too.
+            -slack * max |z| are looked at by `exact`, too; a row that it refused, when its margin exceeds that one.
         generator: `PerExample` makes draws independent of batch and order.
 
     Changes nothing but the generator; no gradient is computed with respect to weights.

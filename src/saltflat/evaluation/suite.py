@@ -18,6 +18,7 @@ Sources: Croce and Hein, arXiv 2003.01690 (AutoAttack); Wu, Xia, Wang, arXiv 200
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -55,7 +56,8 @@ class Stage:
     Attributes:
         name: what tables call it; consecutive stages of one name are one row.
         attack: what is run.
-        cost: forwards it takes for an example that it does not fool; a gradient counts as one more.
+        cost: forwards it takes for an example that it does not fool; a gradient counts as one more. Fewer, where the
+            model has no class of that rank; more, where half precision has to ask again.
         rank: of the target class, if it has one, or of the start; stages of one name differ in it.
         precise: it must be given logits in full precision.
     """
@@ -93,19 +95,21 @@ def pgd(ball: InputBall, steps: int, step_size: float, restarts: int = 1, loss: 
 
 
 def apgd_ce(ball: InputBall, steps: int = 100, restarts: int = 1) -> Column:
-    attack = _ascent(ball, ce, steps)
-    return Column("apgd-ce", tuple(Stage("apgd-ce", attack, 2 * steps + 2, start) for start in range(restarts)))
+    attack, cost = _ascent(ball, ce, steps), _cost_of_ascent(ball, steps)
+    return Column("apgd-ce", tuple(Stage("apgd-ce", attack, cost, start) for start in range(restarts)))
 
 
 def apgd_dlr(ball: InputBall, steps: int = 100) -> Column:
-    return Column("apgd-dlr", (Stage("apgd-dlr", _ascent(ball, dlr, steps), 2 * steps + 2),))
+    return Column("apgd-dlr", (Stage("apgd-dlr", _ascent(ball, dlr, steps), _cost_of_ascent(ball, steps)),))
 
 
 def apgd_t(ball: InputBall, steps: int = 100, targets: int = TARGETS) -> Column:
+    cost = _cost_of_ascent(ball, steps) + 1  # the choice of the class
+
     def towards(rank: int) -> Stage:
         if isinstance(ball, L1):
-            return Stage("apgd-t", TargetedSparseAPGD(ball, rank, steps=steps), 2 * steps + 8, rank)
-        return Stage("apgd-t", TargetedAPGD(ball, rank, steps=steps), 2 * steps + 3, rank)
+            return Stage("apgd-t", TargetedSparseAPGD(ball, rank, steps=steps), cost, rank)
+        return Stage("apgd-t", TargetedAPGD(ball, rank, steps=steps), cost, rank)
 
     return Column("apgd-t", tuple(map(towards, range(1, targets + 1))))
 
@@ -170,6 +174,13 @@ def paper(ball: InputBall, step_size: float | None = None) -> tuple[Column, ...]
 
 def _ascent(ball: InputBall, loss: Callable[[Tensor, Tensor], Tensor], steps: int) -> Attack:
     return SparseAPGD(ball, loss, steps) if isinstance(ball, L1) else APGD(ball, loss, steps)
+
+
+def _cost_of_ascent(ball: InputBall, steps: int) -> int:
+    """In L1 it begins in three balls, or in one if steps are few, and looks at a corner in the end."""
+    if isinstance(ball, L1):
+        return 2 * (steps + (3 if steps > 2 else 1)) + 1
+    return 2 * (steps + 1)
 
 
 @dataclass(frozen=True)
@@ -245,7 +256,8 @@ def evaluate(
 
     Yields: `Done` after each batch.
 
-    Raises ValueError for columns of one name, for x outside of the box, and for shapes that do not fit.
+    Raises ValueError for columns of one name, for x outside of the box, for shapes that do not fit, and for y that are
+    no class of the model.
 
     >>> from saltflat import Linf
     >>> model = nn.Linear(2, 2, bias=False)
@@ -255,9 +267,9 @@ def evaluate(
     >>> last.verdicts["standard"].by
     tensor([ 1, -1,  0])
     """
-    _check(x, y, columns, batch_size)
-    ids = torch.arange(len(y)) if ids is None else ids.cpu()
-    y = y.cpu()
+    _check(x, y, columns)
+    ids, y = torch.arange(len(y)) if ids is None else ids.cpu(), y.cpu()
+    _check_settings(y, columns, batch_size, ids, dtype, after)
     networks: tuple[Logits, ...] = (model, lean(model), lean(model, dtype))
     exact, precise, quick = (_padded(network, batch_size) if padded else network for network in networks)
     verdicts = _unknown(columns, len(y)) if after is None else after.verdicts
@@ -273,8 +285,9 @@ def evaluate(
             if (0, 0, number) <= reached:
                 continue
             with torch.no_grad():
-                z = exact(batch(rows)[0]).float()
-            _write_clean(verdicts, rows, z.cpu(), y[rows])
+                z = exact(batch(rows)[0]).cpu()
+            _check_classes(y, z.shape[1])
+            _write_clean(verdicts, rows, z, y[rows])
             spent += len(rows)
             yield Done(verdicts, 0, 0, number, *_stand(verdicts, columns, 0, 0, spent, len(y) - 1 - int(rows[-1])))
         for c, column in enumerate(columns):
@@ -313,25 +326,49 @@ def prepared(x: Tensor, model: nn.Module) -> Tensor:
     return x.to(like.dtype) if x.is_floating_point() else to_float(x, like.dtype)
 
 
-def _check(x: Tensor, y: Tensor, columns: Sequence[Column], batch_size: int) -> None:
-    names = [column.name for column in columns]
-    if len(set(names)) < len(names) or not names:
-        raise ValueError(f"columns: expected at least one, and names that differ, got {names}")
+def _check(x: Tensor, y: Tensor, columns: Sequence[Column]) -> None:
     if len(x) == 0 or y.shape != (len(x),) or y.dtype != torch.int64:
         raise ValueError(
             f"y: expected int64 classes of shape ({len(x)},), one for each of at least one input, got {y.dtype} of "
             f"shape {tuple(y.shape)}"
         )
-    if batch_size < 1:
-        raise ValueError(f"batch_size: expected an integer >= 1, got {batch_size!r}")
+    if not x.is_floating_point() and x.dtype != torch.uint8:
+        raise ValueError(f"x: expected uint8 or floating point numbers, got {x.dtype}")
     balls = {stage.attack.ball for column in columns for stage in column.stages}
     if too_small := [ball for ball in balls if not ball.radius > 0]:
         raise ValueError(f"radius: expected a number > 0, got {too_small[0].radius:g}")
-    boxes = {ball.box for ball in balls}
-    for low, high in (box for box in boxes if box is not None):
-        smallest, largest = (end.item() for end in x.aminmax()) if x.is_floating_point() else (0.0, 1.0)
+    smallest, largest = (end.item() for end in x.aminmax()) if x.is_floating_point() else (0.0, 1.0)
+    for low, high in {ball.box for ball in balls if ball.box is not None}:
         if not (low <= smallest and largest <= high):  # NaN is not inside, either
             raise ValueError(f"x: expected numbers in the box ({low:g}, {high:g}), got {smallest:g} to {largest:g}")
+    if not (math.isfinite(smallest) and math.isfinite(largest)):
+        raise ValueError(f"x: expected finite numbers, got {smallest:g} to {largest:g}")
+
+
+def _check_settings(
+    y: Tensor, columns: Sequence[Column], batch_size: int, ids: Tensor, dtype: torch.dtype | None, after: Done | None
+) -> None:
+    names = [column.name for column in columns]
+    if len(set(names)) < len(names) or not names:
+        raise ValueError(f"columns: expected at least one, and names that differ, got {names}")
+    if batch_size < 1:
+        raise ValueError(f"batch_size: expected an integer >= 1, got {batch_size!r}")
+    if ids.shape != y.shape or ids.dtype != torch.int64:
+        raise ValueError(f"ids: expected int64 of shape ({len(y)},), got {ids.dtype} of shape {tuple(ids.shape)}")
+    if dtype is not None and dtype not in SLACK:
+        raise ValueError(f"dtype: expected torch.bfloat16, torch.float16 or None, got {dtype}")
+    if after is not None:
+        there, n = list(after.verdicts), len(next(iter(after.verdicts.values())).by)
+        if there != names or n != len(y):
+            raise ValueError(
+                f"after: expected verdicts of {len(y)} examples in the columns {names}, got those of {n} in {there}"
+            )
+
+
+def _check_classes(y: Tensor, classes: int) -> None:
+    smallest, largest = (int(end) for end in y.aminmax())
+    if smallest < 0 or largest >= classes:
+        raise ValueError(f"y: expected classes in 0 ... {classes - 1}, got {smallest} to {largest}")
 
 
 def _unknown(columns: Sequence[Column], n: int) -> dict[str, Verdicts]:
@@ -342,7 +379,7 @@ def _unknown(columns: Sequence[Column], n: int) -> dict[str, Verdicts]:
 def _write_clean(verdicts: Mapping[str, Verdicts], rows: Tensor, z: Tensor, y: Tensor) -> None:
     wrong = rows[z.argmax(1) != y]
     for of in verdicts.values():
-        of.margin[rows] = margin(z, y)
+        of.margin[rows] = margin(z, y).float()
         of.by[wrong], of.iteration[wrong] = NATURALLY, 0
 
 
