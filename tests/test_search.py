@@ -521,3 +521,13 @@ def test_kept_rows_of_tuples_and_of_named_tuples():
     assert part.inside.tolist() == [True, True]
     assert [t.tolist() for t in keep((torch.arange(3),), torch.tensor([1]))] == [[1]]
     assert keep(trial, None) is trial
+
+
+@pytest.mark.parametrize("cut", [lambda x: x.detach(), lambda x: x.round()])
+@pytest.mark.parametrize("attack", [APGD(Linf(0.2), steps=5), TargetedFAB(Linf(0.2), 1, 5)])
+def test_a_network_without_a_gradient_is_attacked_all_the_same(cut, attack):
+    """It stands still, and `checks.zero_gradients` says so; a traceback would tell nobody anything."""
+    x, y = torch.full((4, 3), 0.9), torch.zeros(4, dtype=torch.long)
+    weight = torch.tensor([[2.0, 1.0, 1.0], [0.0, 1.0, 1.0], [0.0, 0.0, 1.0]])
+    found = find(attack, lambda x: cut(x) @ weight.T, x, y, generator=PerExample(0, torch.arange(4)))
+    assert not found.fooled.any()

@@ -237,11 +237,12 @@ def test_a_target_that_does_not_exist_costs_one_forward(build, ball):
 
 
 def test_what_half_precision_asks_again_is_all_that_it_costs_more():
-    """Margins are 1000 of 1000, so nobody comes near."""
+    """But for a look at each image. Margins are 1000 of 1000, so nobody comes near."""
     model, x, y = certain()
     counted, column = Counted(model.float()), suite.standard(Linf(0.1), steps=3, queries=5)
-    verdicts(counted, x.float(), y, [column], dtype=torch.bfloat16)
-    assert counted.tally.cost == 3 * (1 + sum(stage.cost for stage in column.stages))
+    *_, last = evaluate(counted, x.float(), y, [column], dtype=torch.bfloat16)
+    assert last.spent == 3 * (1 + sum(stage.cost for stage in column.stages))
+    assert counted.tally.cost == last.spent + 3
 
 
 def test_spent_and_left_add_up_and_never_grow():
@@ -588,6 +589,33 @@ def test_in_half_precision_whoever_comes_near_is_asked_again(dtype):
         assert of.by.tolist() == [by, by]
         if by == 1:
             assert torch.allclose(of.margin, torch.tensor(0.2))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "size", "fits"), [(torch.float16, 1e5, False), (torch.float16, 1e4, True), (torch.bfloat16, 1e5, True)]
+)
+def test_a_precision_that_cannot_hold_the_logits_is_refused_before_any_attack(dtype, size, fits):
+    """Else all gradients would be NaN, and everybody would look robust."""
+    model, x, y = certain()
+    with torch.no_grad():
+        model.bias[0] = size
+    column, given = watched(suite.fgsm(Linf(0.1)))
+    batches = evaluate(model.float(), x.float(), y, [column], dtype=dtype)
+    if fits:
+        assert len(list(batches)) == 2
+        return
+    words = r"^dtype: expected one that holds the network's numbers \(its logits overflow\), got torch.float16$"
+    with pytest.raises(ValueError, match=words):
+        next(batches)
+    assert given == [[]]
+
+
+def test_logits_that_are_no_numbers_in_full_precision_are_not_blamed_on_half():
+    model, x, y = certain()
+    with torch.no_grad():
+        model.bias[0] = math.inf
+    of = verdicts(model.float(), x.float(), y, [suite.fgsm(Linf(0.1))], dtype=torch.bfloat16)["fgsm"]
+    assert of.robust().all()
 
 
 class TwoFaced(nn.Module):

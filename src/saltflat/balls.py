@@ -376,8 +376,11 @@ def _sample_rows(like: Tensor, generator: Generator, surface: bool) -> Tensor:
 
 def _spread(directions: Tensor, generator: Generator, surface: bool) -> Tensor:
     """Points of a sphere, or the same at the distance u^(1/d) from 0 that the volume of balls asks for."""
-    d = directions.shape[1]
-    return directions if surface else directions * uniform(directions[:, :1], generator) ** (1 / d)
+    if surface:
+        return directions
+    # in fp64, since a power may differ in its last digit with the place that its row has in a batch
+    length = uniform(directions[:, :1], generator).double() ** (1 / directions.shape[1])
+    return directions * length.to(directions.dtype)
 
 
 def _clamp_to_box(displacement: Tensor, centre: Tensor, box: Box) -> Tensor:

@@ -177,7 +177,9 @@ def value_and_gradient(
         leaf = x_adv.detach().requires_grad_()
         z = logits(leaf)
         f = loss(z, *labels)
-        (gradient,) = torch.autograd.grad(f.sum(), leaf)
+        if not f.requires_grad:  # the network cuts the graph: no direction is better than another
+            return z.detach(), f.detach(), torch.zeros_like(leaf)
+        (gradient,) = torch.autograd.grad(f.sum(), leaf, materialize_grads=True)
     return z.detach(), f.detach(), gradient
 
 

@@ -256,8 +256,8 @@ def evaluate(
 
     Yields: `Done` after each batch.
 
-    Raises ValueError for columns of one name, for x outside of the box, for shapes that do not fit, and for y that are
-    no class of the model.
+    Raises ValueError for columns of one name, for x outside of the box, for shapes that do not fit, for y that are no
+    class of the model, and for a dtype in which its logits overflow.
 
     >>> from saltflat import Linf
     >>> model = nn.Linear(2, 2, bias=False)
@@ -284,8 +284,11 @@ def evaluate(
         for number, rows in enumerate(torch.split(torch.arange(len(y)), batch_size), start=1):
             if (0, 0, number) <= reached:
                 continue
+            images, _ = batch(rows)
             with torch.no_grad():
-                z = exact(batch(rows)[0]).cpu()
+                z = exact(images).cpu()
+                if dtype is not None:
+                    _check_range(quick(images), z, dtype)
             _check_classes(y, z.shape[1])
             _write_clean(verdicts, rows, z, y[rows])
             spent += len(rows)
@@ -363,6 +366,12 @@ def _check_settings(
             raise ValueError(
                 f"after: expected verdicts of {len(y)} examples in the columns {names}, got those of {n} in {there}"
             )
+
+
+def _check_range(lower: Tensor, z: Tensor, dtype: torch.dtype) -> None:
+    # attacks would stand still, and the network would look robust
+    if not lower.isfinite().all() and z.isfinite().all():
+        raise ValueError(f"dtype: expected one that holds the network's numbers (its logits overflow), got {dtype}")
 
 
 def _check_classes(y: Tensor, classes: int) -> None:
