@@ -45,6 +45,11 @@ class Timed(nn.Module):
         return z
 
 
+def as_loaded(network: nn.Module) -> nn.Module:
+    """The network in torch's default memory layout, as a checkpoint gives it to everybody."""
+    return network.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload, no-any-return]
+
+
 class Clock:
     def __init__(self) -> None:
         self.seconds, self.began = 0.0, 0.0
@@ -83,7 +88,7 @@ def main() -> None:
 
     of = with_threat(from_run(given.run, given.checkpoint, "cpu", None, given.data_path), given.norm, given.eps, None)
     images, y, _ = chosen(of, "test", given.examples)
-    model = Timed(of.model)
+    model = Timed(as_loaded(of.model))
     x, ball, norm, eps = prepared(images, model), of.threat.ball, of.threat.norm, of.threat.eps
 
     def peer() -> Tensor:

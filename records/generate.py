@@ -1,9 +1,9 @@
 """Write what the records show into their READMEs, and into the project's.
 
-    python records/generate.py
+    python -m records.generate
 
 A record is a folder `<date>_<idea>/` with `runs/*/` in it: run folders as `saltflat train`, `evaluate` and `landscape`
-write them, without the weights. Between the marks
+write them, without the weights; or it holds what the scripts in `benchmarks/` wrote. Between the marks
 
     <!-- generated: FOLDER -->   ...   <!-- end -->
 
@@ -14,6 +14,7 @@ not what the script would write now.
 import re
 from pathlib import Path
 
+from benchmarks.tables import compared
 from saltflat.lab.report.markdown import brief, figures, summary
 
 ROOT = Path(__file__).parent.parent
@@ -30,10 +31,16 @@ def generated(page: Path) -> str:
 
     def block(match: re.Match[str]) -> str:
         record = ROOT / "records" / match[2]
-        made = summary(runs_of(record)) if page.parent == record else brief(runs_of(record), f"records/{match[2]}")
+        made = _shown(record, page.parent == record)
         return f"{match[1]}\n{made}\n\n{match[3]}"
 
     return BLOCK.sub(block, page.read_text())
+
+
+def _shown(record: Path, whole: bool) -> str:
+    if not (record / "runs").is_dir():
+        return compared(record)
+    return summary(runs_of(record)) if whole else brief(runs_of(record), f"records/{record.name}")
 
 
 def runs_of(record: Path) -> list[Path]:
@@ -44,6 +51,6 @@ def runs_of(record: Path) -> list[Path]:
 if __name__ == "__main__":
     for page in pages():
         page.write_text(generated(page))
-        if page.parent != ROOT:
+        if (page.parent / "runs").is_dir():
             for name, svg in figures(runs_of(page.parent)).items():
                 (page.parent / f"{name}.svg").write_text(svg)
