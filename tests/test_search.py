@@ -24,6 +24,7 @@ from saltflat.evaluation import (
     Trial,
     find,
 )
+from saltflat.evaluation.lean import lean
 from saltflat.evaluation.search import feasible, keep
 from saltflat.inputs import gaussian
 from saltflat.objectives import dlr, margin
@@ -531,3 +532,19 @@ def test_a_network_without_a_gradient_is_attacked_all_the_same(cut, attack):
     weight = torch.tensor([[2.0, 1.0, 1.0], [0.0, 1.0, 1.0], [0.0, 0.0, 1.0]])
     found = find(attack, lambda x: cut(x) @ weight.T, x, y, generator=PerExample(0, torch.arange(4)))
     assert not found.fooled.any()
+
+
+@pytest.mark.parametrize("attack", [APGD(Linf(0.1), steps=10), Restarted(PGD(Linf(0.1), 0.03, 10))])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_sure_networks_hide_no_gradient_behind_half_precision(attack, dtype):
+    """Cross-entropy's gradient at probabilities of 1e-9 is nothing in fp16, and its sign is that of the margin."""
+    model, a = nn.Linear(12, 2), torch.tensor([25.0, -25.0]).repeat(6)
+    with torch.no_grad():
+        model.weight.copy_(torch.stack([0 * a, a]))  # the margin is <a, x> - 28, and the ball gives 30
+        model.bias.copy_(torch.tensor([28.0, 0.0]))
+    x, y = 0.5 + 0.1 * (torch.rand(40, 12) - 0.5), torch.zeros(40, dtype=torch.long)
+    draws = lambda: PerExample(0, torch.arange(40))
+    single = find(attack, model, x, y, generator=draws())
+    half = find(attack, lean(model, dtype), x, y, exact=model, slack=0.02, generator=draws())
+    assert 10 < single.fooled.sum() < 40
+    assert (half.fooled == single.fooled).double().mean() >= 0.97

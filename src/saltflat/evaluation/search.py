@@ -172,14 +172,22 @@ def column(values: Tensor, like: Tensor) -> Tensor:
 def value_and_gradient(
     logits: Logits, loss: Callable[..., Tensor], x_adv: Tensor, labels: tuple[Tensor, ...]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Logits, loss per row, and its gradient with respect to x_adv; none with respect to weights."""
+    """Logits, loss per row, and its gradient with respect to x_adv; none with respect to weights.
+
+    Of logits in half precision, the gradient of a row is divided by the power of two next to max_k |d loss / d z_k|.
+    """
     with torch.enable_grad():
         leaf = x_adv.detach().requires_grad_()
         z = logits(leaf)
-        f = loss(z, *labels)
-        if not f.requires_grad:  # the network cuts the graph: no direction is better than another
+        raised = z.detach().to(torch.promote_types(z.dtype, torch.float32)).requires_grad_()
+        f = loss(raised, *labels)
+        if not z.requires_grad:  # the network cuts the graph: no direction is better than another
             return z.detach(), f.detach(), torch.zeros_like(leaf)
-        (gradient,) = torch.autograd.grad(f.sum(), leaf, materialize_grads=True)
+        (slope,) = torch.autograd.grad(f.sum(), raised)
+        if z.dtype != raised.dtype:  # half precision would lose small ones; only the direction matters
+            exponent = slope.abs().amax(1, keepdim=True).frexp().exponent - 1  # powers of two round nothing
+            slope = slope.ldexp(-exponent.clamp(min=-120))
+        (gradient,) = torch.autograd.grad(z, leaf, slope.to(z.dtype), materialize_grads=True)
     return z.detach(), f.detach(), gradient
 
 
