@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from commands import QUICK, run
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from saltflat.data import digits, to_float
@@ -177,6 +178,23 @@ def test_reasons_to_doubt_are_printed_before_the_number_and_kept(fresh, capsys):
     assert printed.index("caution, unusual_eps") < printed.index("95 % interval")
     run("evaluate", fresh, "--examples", "20", "--attacks", "clean", "fgsm", "--norm", "L2", "--eps", "8/255")
     assert "caution, unusual_eps" in capsys.readouterr().out  # also when it is read again
+
+
+def test_logits_beyond_half_precision_are_refused_in_one_line(fresh, tmp_path, capsys):
+    weights = load_file(fresh / "checkpoints" / "best.safetensors")
+    last = list(weights)[-1].rpartition(".")[0]
+    save_file(
+        {name: 1e7 * w if name.startswith(last) else w for name, w in weights.items()}, tmp_path / "large.safetensors"
+    )
+    words = ["evaluate", fresh, "--weights", tmp_path / "large.safetensors", "--attacks", "clean", "apgd-ce"]
+    with pytest.raises(SystemExit) as stop:
+        run(*words, "--examples", "20", "--precision", "fp16")
+    printed = capsys.readouterr().err
+    assert stop.value.code == 2
+    assert printed.startswith("saltflat: model: ")
+    assert printed.count("\n") == 1
+    assert not (fresh / "outcomes").exists()
+    run(*words, "--examples", "20")
 
 
 def digits_network():

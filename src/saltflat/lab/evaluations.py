@@ -21,6 +21,7 @@ from saltflat.evaluation.checks import Flag
 from saltflat.evaluation.lean import lean
 from saltflat.evaluation.suite import Column, Done, Verdicts, evaluate, prepared
 from saltflat.lab import record, verdicts_file
+from saltflat.lab.config import BadInput
 from saltflat.lab.console import CONSOLE, progress, say
 from saltflat.lab.subjects import Subject, chosen, place
 from saltflat.lab.threat import Described, columns
@@ -116,6 +117,10 @@ def _attacked(
     except KeyboardInterrupt:
         say("interrupted; the same command goes on from the last batch")
         raise
+    except ValueError as error:
+        if done is not None and done.stage > 0:  # the images as they are have shown what was wrong with the input
+            raise
+        raise BadInput(f"model: {error}") from None
     assert done is not None  # the images as they are make a batch
     if named is not None:
         say(named[1])
