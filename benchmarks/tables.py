@@ -21,13 +21,12 @@ def _parity(found: list[dict[str, Any]]) -> list[str]:
         names = ("pyautoattack", "saltflat fp32", "saltflat bf16")
         cells = [f"{each['mean'][name]:.2f} ± {each['standard_deviation'][name]:.2f}" for name in names]
         ours = each["compared"]["saltflat fp32"]
-        rows.append(
-            f"| {each['run']} | {each['norm']}, eps {each['eps']} | {each['n']} | {ours['seeds']} | {' | '.join(cells)} "
-            f"| {ours['difference_in_points']:+.2f} | {ours['verdicts_that_agree']:.2%} |"
-        )
+        where = f"| {each['run']} | {each['norm']}, eps {each['eps']} | {each['n']} | {ours['seeds']} "
+        ahead = f"| {ours['difference_in_points']:+.2f} | {ours['verdicts_that_agree']:.2%} |"
+        rows.append(f"{where}| {' | '.join(cells)} {ahead}")
     words = (
-        "Robust accuracy in percent under AutoAttack's standard version, full budgets, mean ± sample standard deviation "
-        "over seeds, on the same examples; the difference is in points, verdicts are compared seed by seed."
+        "Robust accuracy in percent under AutoAttack's standard version, full budgets, mean ± sample standard "
+        "deviation over seeds, on the same examples; the difference is in points, verdicts are compared seed by seed."
     )
     return [f"**The number**: {words}", "\n".join(rows)]
 
