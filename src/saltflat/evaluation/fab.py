@@ -12,7 +12,7 @@ Towards a hyperplane with the normal g, numbers move by t_i >= 0 in the directio
 r_i, until sum_i |g_i| t_i is what is missing, c:
 
     L-inf    t_i = min(l, r_i)              all equally far,
-    L2       t_i = min(l |g_i|, r_i)        or in proportion to |g_i|; l by sorting r_i, or r_i / |g_i|
+    L2       t_i = min(l |g_i|, r_i)        or in proportion to |g_i|; l by Newton's method
     L1       t_i = r_i, then the rest       one after the other, the largest |g_i| first
 
 Source: Croce and Hein, "Minimally distorted adversarial examples with a fast adaptive boundary attack", ICML 2020,
@@ -191,6 +191,8 @@ class _Norm(NamedTuple):
     boxed: Callable[[Tensor, Tensor, Tensor], Tensor]
 
     def length(self, d: Tensor) -> Tensor:
+        if self.order == math.inf:  # torch's own takes three times as long
+            return d.abs().amax(-1)
         norm: Tensor = torch.linalg.vector_norm(d, ord=self.order, dim=-1)
         return norm
 
@@ -239,13 +241,12 @@ def _level(u: Tensor, b: Tensor, c: Tensor) -> Tensor:
     """
     given, level = torch.where(u > 0, u * b, 0), torch.zeros_like(c.expand(*b.shape[:-1], 1))
     while True:
-        full = b <= level
-        rest = torch.where(full, 0, u).sum(-1, keepdim=True)
-        missing = c - torch.where(full, given, 0).sum(-1, keepdim=True)
-        higher = torch.where(rest > 0, missing / rest, torch.where(missing > 0, math.inf, level))
+        rest = (u * (b > level)).sum(-1, keepdim=True)
+        missing = c - (given * (b <= level)).sum(-1, keepdim=True)
+        higher = (missing / rest).fmax(level)  # inf, where nobody has room left; 0 / 0 is no number, and ignored
         if not (higher > level).any():
             return level
-        level = torch.maximum(level, higher)
+        level = higher
 
 
 def _sum_before(values: Tensor) -> Tensor:
