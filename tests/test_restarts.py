@@ -25,6 +25,11 @@ def iterates(pgd, f, x, generator):
     return [*seen, last]
 
 
+def looks(ball, x, x_adv):
+    """The iterates of an ascent, and a last look where a box cuts an L2 ball."""
+    return [*x_adv, x + ball.stretch(x_adv[-1] - x, x)] if ball == L2(0.4) else x_adv
+
+
 @STARTS
 @BALLS
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
@@ -33,9 +38,9 @@ def iterates(pgd, f, x, generator):
 def test_one_restart_looks_at_the_iterates_of_pgd_to_the_bit(start, ball, dtype, loss, kind):
     model, (x, y) = convolutional().eval().to(dtype), batch()
     x, pgd = x.to(dtype), PGD(ball, 0.02, 6, start)
-    expected = iterates(pgd, lambda x_adv: loss(model(x_adv), y), x, draws(kind, 8))
+    expected = looks(ball, x, iterates(pgd, lambda x_adv: loss(model(x_adv), y), x, draws(kind, 8)))
     trials = list(Restarted(pgd, loss)(model, x, y, generator=draws(kind, 8)))
-    assert len(trials) == len(expected) == 7
+    assert len(trials) == len(expected) == 7 + (ball == L2(0.4))
     for trial, x_adv in zip(trials, expected, strict=True):
         assert torch.equal(trial.x_adv, x_adv)
         assert torch.equal(trial.logits, model(x_adv))
@@ -58,16 +63,16 @@ def test_each_restart_is_pgd_from_a_draw_of_its_own(ball, kind):
     pgd, f = PGD(ball, 0.02, 3), lambda x_adv: ce(model(x_adv), y)
     trials = list(Restarted(pgd, restarts=3)(model, x, y, generator=draws(kind, 8)))
     generator = draws(kind, 8)
-    expected = [x_adv for _ in range(3) for x_adv in iterates(pgd, f, x, generator)]
-    assert [torch.equal(trial.x_adv, x_adv) for trial, x_adv in zip(trials, expected, strict=True)] == [True] * 12
-    starts = torch.stack([trial.x_adv for trial in trials[::4]])
+    expected = [x_adv for _ in range(3) for x_adv in looks(ball, x, iterates(pgd, f, x, generator))]
+    assert all(torch.equal(trial.x_adv, x_adv) for trial, x_adv in zip(trials, expected, strict=True))
+    starts = torch.stack([trial.x_adv for trial in trials[:: len(trials) // 3]])
     for one, other in ((0, 1), (1, 2), (0, 2)):
         assert (starts[one] != starts[other]).flatten(1).any(1).all()
 
 
-@pytest.mark.parametrize("left", range(5))
+@pytest.mark.parametrize("left", range(7))
 def test_rows_that_left_take_their_draws_with_them(left):
-    """After whichever look: here of two ascents of three looks."""
+    """After whichever look: here of two ascents of four looks."""
     model, (x, y) = convolutional().eval(), batch()
     attack, ids = Restarted(PGD(L2(0.4), 0.1, 2), restarts=2), torch.tensor([1, 2, 5])
     whole = list(attack(model, x, y, generator=draws("per example", 8)))
@@ -75,7 +80,7 @@ def test_rows_that_left_take_their_draws_with_them(left):
     for _ in range(left + 1):
         next(search)
     part = [search.send(ids), *search]
-    assert len(part) == 5 - left
+    assert len(part) == 7 - left
     for trial, same in zip(part, whole[left + 1 :], strict=True):
         assert torch.allclose(trial.x_adv, same.x_adv[ids], atol=1e-12)
 
@@ -143,13 +148,15 @@ def test_steps_follow_the_loss_that_is_given():
     assert steps[1][1] > steps[1][0] > 0
 
 
+@pytest.mark.parametrize(("ball", "forwards"), [(Linf(1e-9), 1), (L2(1e-9), 2), (L2(1e-9, None), 1)])
 @pytest.mark.parametrize(("restarts", "steps"), [(1, 4), (3, 2)])
-def test_an_ascent_is_a_gradient_a_step_and_one_forward_more(restarts, steps):
+def test_an_ascent_is_a_gradient_a_step_and_one_forward_more(restarts, steps, ball, forwards):
+    """And one for the last look where a box cuts an L2 ball."""
     model, x = convolutional().eval(), batch()[0]
     passes = []
     logits = lambda x: passes.append((x.requires_grad, len(x))) or model(x)
-    find(Restarted(PGD(Linf(1e-9), 1e-9, steps), restarts=restarts), logits, x, model(x).argmax(1), exact=model)
-    assert passes == ([(True, 8)] * steps + [(False, 8)]) * restarts
+    find(Restarted(PGD(ball, 1e-9, steps), restarts=restarts), logits, x, model(x).argmax(1), exact=model)
+    assert passes == ([(True, 8)] * steps + [(False, 8)] * forwards) * restarts
 
 
 @BALLS
@@ -170,7 +177,7 @@ def test_weights_and_inputs_are_left_alone(ball):
 def test_without_a_gradient_a_row_stays_where_it_started():
     flat = lambda x: torch.stack([0 * x.sum(1) + 1, 0 * x.sum(1)], 1)
     x, y = torch.rand(3, 4), torch.zeros(3, dtype=torch.long)
-    trials = list(Restarted(PGD(L2(0.1), 0.05, 3))(flat, x, y))
+    trials = list(Restarted(PGD(L2(0.1, None), 0.05, 3))(flat, x, y))
     assert all(torch.allclose(trial.x_adv, trials[0].x_adv) for trial in trials)
 
 

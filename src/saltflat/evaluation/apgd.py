@@ -11,6 +11,9 @@ T steps, a row's eta is halved and its search goes back to its best point so far
 
 Source: Croce and Hein, "Reliable evaluation of adversarial robustness with an ensemble of diverse parameter-free
 attacks", ICML 2020, arXiv 2003.01690, algorithm 1; budgets of AutoAttack's standard version.
+
+Deviation: in L2, P scales and then clamps to the box, as published, which leaves the surface of the ball where the box
+cuts it. A last trial is the best point, stretched to the surface; on linear models it is the optimum.
 """
 
 from __future__ import annotations
@@ -23,7 +26,7 @@ import torch
 from torch import Tensor
 
 from saltflat.balls import L1, InputBall
-from saltflat.evaluation.search import Logits, Search, Trial, column, keep, value_and_gradient
+from saltflat.evaluation.search import Logits, Search, Trial, column, keep, stretched, value_and_gradient
 from saltflat.objectives import ce, targeted_dlr
 from saltflat.random import Generator
 
@@ -38,7 +41,7 @@ class APGD:
     Args:
         ball: `Linf` or `L2`; for `L1` see `SparseAPGD`.
         loss: (logits, y) -> (N,): `ce` (APGD-CE) or `dlr` (APGD-DLR).
-        steps: gradient evaluations after the first.
+        steps: gradient evaluations after the first; in an L2 ball with a box, a forward more.
 
     It starts on the surface of the ball, unless `start` (x' itself) is given, and draws once.
     """
@@ -151,6 +154,7 @@ def _ascent(
         if k + 1 - checked == period:
             s = _checkpoint(s, period)
             checked, period = k + 1, max(period - max(int(0.03 * steps), 1), int(0.06 * steps), 1)
+    yield from stretched(ball, logits, s.x, s.best)
 
 
 def _step(ball: InputBall, s: _State, a: float) -> Tensor:

@@ -35,7 +35,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from saltflat.balls import L1, L2, InputBall, Linf
+from saltflat.balls import L1, L2, InputBall, Linf, level
 from saltflat.evaluation.apgd import wrong_class
 from saltflat.evaluation.search import Logits, Search, Trial, column, keep, rows_of, value_and_gradient
 from saltflat.objectives import margin
@@ -208,7 +208,7 @@ def _evenly(m: Tensor, c: Tensor) -> Tensor:
 
 
 def _evenly_boxed(m: Tensor, room: Tensor, c: Tensor) -> Tensor:
-    return room.fmin(_level(m, room, c))
+    return room.fmin(level(m, room, c))
 
 
 def _steeply(m: Tensor, c: Tensor) -> Tensor:
@@ -216,7 +216,7 @@ def _steeply(m: Tensor, c: Tensor) -> Tensor:
 
 
 def _steeply_boxed(m: Tensor, room: Tensor, c: Tensor) -> Tensor:
-    return room.fmin(_level(m.square(), room / m.clamp(min=torch.finfo(m.dtype).tiny), c) * m)
+    return room.fmin(level(m.square(), room / m.clamp(min=torch.finfo(m.dtype).tiny), c) * m)
 
 
 def _sparsely(m: Tensor, c: Tensor) -> Tensor:
@@ -231,22 +231,6 @@ def _sparsely_boxed(m: Tensor, room: Tensor, c: Tensor) -> Tensor:
     room = room.gather(-1, order)
     t = room.fmin(((c - _sum_before(m * room)) / m).clamp(min=0))
     return torch.empty_like(t).scatter(-1, order, t)
-
-
-def _level(u: Tensor, b: Tensor, c: Tensor) -> Tensor:
-    """l with sum_i u_i min(l, b_i) = c, for u, b and c >= 0; inf if c is more than all of them give.
-
-    Newton's method: the sum is concave and linear in pieces, so that l only grows, and is exact when it stops. It takes
-    a handful of passes, where sorting b would take ten times as long.
-    """
-    given, level = torch.where(u > 0, u * b, 0), torch.zeros_like(c.expand(*b.shape[:-1], 1))
-    while True:
-        rest = (u * (b > level)).sum(-1, keepdim=True)
-        missing = c - (given * (b <= level)).sum(-1, keepdim=True)
-        higher = (missing / rest).fmax(level)  # inf, where nobody has room left; 0 / 0 is no number, and ignored
-        if not (higher > level).any():
-            return level
-        level = higher
 
 
 def _sum_before(values: Tensor) -> Tensor:

@@ -3,7 +3,8 @@
     x'_k as in `saltflat.inputs`, k = 0 ... steps, for each of the restarts
 
 Deviation: the published PGD-20 looks at x'_20 alone. Here an example is fooled at the first iterate that fools it, so
-that accuracy is never higher, and whoever is fooled costs no further step.
+that accuracy is never higher, and whoever is fooled costs no further step. In an L2 ball with a box, the last iterate
+is looked at once more, stretched to the ball's surface.
 
 Sources: Madry et al., arXiv 1706.06083; with `loss=margin` the CW attack of robustness tables: Carlini and Wagner's
 loss (arXiv 1608.04644) under PGD.
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 
 from saltflat.balls import InputBall
-from saltflat.evaluation.search import Logits, Search, Trial, keep, rows_of, value_and_gradient
+from saltflat.evaluation.search import Logits, Search, Trial, keep, rows_of, stretched, value_and_gradient
 from saltflat.inputs import PGD
 from saltflat.objectives import ce
 from saltflat.random import Generator
@@ -33,7 +34,7 @@ class Restarted:
         loss: (logits, y) -> (N,): `ce`, or `margin` (CW).
         restarts: ascents; each draws a start of its own.
 
-    An ascent costs `steps` forwards and input gradients, and one forward.
+    An ascent costs `steps` forwards and input gradients, and one forward (two in an L2 ball with a box).
 
     >>> from saltflat import Linf
     >>> from saltflat.evaluation import find
@@ -69,5 +70,8 @@ class Restarted:
             with torch.no_grad():
                 z = logits(x + v)
             kept = yield Trial(x + v, z)
+            generator = generator if kept is None else rows_of(generator, kept)
+            x, y, v = keep((x, y, v), kept)
+            kept = yield from stretched(ball, logits, x, x + v)
             generator = generator if kept is None else rows_of(generator, kept)
             x, y = keep((x, y), kept)

@@ -17,12 +17,12 @@ import math
 from collections.abc import Callable
 from collections.abc import Generator as Coroutine
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol, TypeVar
+from typing import NamedTuple, Protocol, TypeGuard, TypeVar
 
 import torch
 from torch import Tensor
 
-from saltflat.balls import InputBall, Linf
+from saltflat.balls import L2, InputBall, Linf
 from saltflat.objectives import margin
 from saltflat.random import Generator, PerExample
 
@@ -189,6 +189,25 @@ def value_and_gradient(
             slope = slope.ldexp(-exponent.clamp(min=-120))
         (gradient,) = torch.autograd.grad(z, leaf, slope.to(z.dtype), materialize_grads=True)
     return z.detach(), f.detach(), gradient
+
+
+def stretched(
+    ball: InputBall, logits: Logits, x: Tensor, x_adv: Tensor
+) -> Coroutine[Trial, Tensor | None, Tensor | None]:
+    """A last trial, where a box cuts an L2 ball: x_adv - x stretched to the ball's surface. Ascents that scale to the
+    radius and then clamp to the box, as usual, end inside of the ball. Costs one forward.
+    """
+    if not is_cut(ball):
+        return None
+    point = x + ball.stretch(x_adv - x, x)
+    with torch.no_grad():
+        z = logits(point)
+    return (yield Trial(point, z))
+
+
+def is_cut(ball: InputBall) -> TypeGuard[L2]:
+    """An L2 ball, by a box."""
+    return isinstance(ball, L2) and ball.box is not None
 
 
 Rows = TypeVar("Rows", bound=tuple[Tensor, ...])

@@ -33,7 +33,7 @@ from saltflat.evaluation.apgd import APGD, TargetedAPGD
 from saltflat.evaluation.fab import TargetedFAB
 from saltflat.evaluation.lean import lean
 from saltflat.evaluation.restarts import Restarted
-from saltflat.evaluation.search import Attack, Logits, find
+from saltflat.evaluation.search import Attack, Logits, find, is_cut
 from saltflat.evaluation.sparse_apgd import SparseAPGD, TargetedSparseAPGD
 from saltflat.evaluation.spsa import SPSA
 from saltflat.evaluation.square import Square
@@ -83,7 +83,7 @@ class Column:
 
 
 def fgsm(ball: InputBall) -> Column:
-    return Column("fgsm", (Stage("fgsm", Restarted(FGSM(ball)), 3),))
+    return Column("fgsm", (Stage("fgsm", Restarted(FGSM(ball)), 3 + is_cut(ball)),))
 
 
 def pgd(ball: InputBall, steps: int, step_size: float, restarts: int = 1, loss: Any = ce) -> Column:
@@ -91,7 +91,7 @@ def pgd(ball: InputBall, steps: int, step_size: float, restarts: int = 1, loss: 
     kind = "cw" if loss is margin else "pgd"
     name = f"{kind}-{steps}" + (f"x{restarts}" if restarts > 1 else "")
     attack = Restarted(PGD(ball, step_size, steps), loss, restarts)
-    return Column(name, (Stage(name, attack, restarts * (2 * steps + 1)),))
+    return Column(name, (Stage(name, attack, restarts * (2 * steps + 1 + is_cut(ball))),))
 
 
 def apgd_ce(ball: InputBall, steps: int = 100, restarts: int = 1) -> Column:
@@ -177,10 +177,12 @@ def _ascent(ball: InputBall, loss: Callable[[Tensor, Tensor], Tensor], steps: in
 
 
 def _cost_of_ascent(ball: InputBall, steps: int) -> int:
-    """In L1 it begins in three balls, or in one if steps are few, and looks at a corner in the end."""
+    """In L1 it begins in three balls, or in one if steps are few, and looks at a corner in the end; in L2, at what is
+    stretched.
+    """
     if isinstance(ball, L1):
         return 2 * (steps + (3 if steps > 2 else 1)) + 1
-    return 2 * (steps + 1)
+    return 2 * (steps + 1) + is_cut(ball)
 
 
 @dataclass(frozen=True)
