@@ -253,6 +253,97 @@ def test_a_network_that_cannot_be_copied(refuses):
     assert torch.allclose(low.float(), network(x), atol=0.05 * network(x).abs().max().item())
 
 
+# Norms behind convolutions
+
+
+def scaled_apart(logits, x):
+    """How many norms are left as a product and a sum of their own."""
+    return sum(
+        name in ("addcmul", "native_batch_norm", "_native_batch_norm_legit_no_training")
+        for name in operations(logits, x)
+    )
+
+
+@pytest.mark.parametrize(("widen_factor", "left"), [(1, 4), (2, 3)])
+def test_convolutions_do_what_the_norms_behind_them_do(widen_factor, left):
+    """A norm stays behind a sum, and where the shortcut needs what comes before it."""
+    network = used(wide_resnet(depth=10, widen_factor=widen_factor).double(), 3, 16, 16)
+    x = torch.rand(2, 3, 16, 16, dtype=torch.float64)
+    assert scaled_apart(network, x) == 7
+    assert scaled_apart(lean(network), x) == left
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("grouped", [1, 2])
+def test_whatever_biases_and_groups_a_convolution_has(bias, grouped):
+    convolution = nn.Conv2d(2, 4, 3, groups=grouped, bias=bias, padding=1, padding_mode="reflect", dilation=2)
+    network = used(nn.Sequential(convolution.double(), nn.BatchNorm2d(4).double(), nn.ReLU()), 2, 6, 5)
+    same(network, 2, 6, 5)
+    assert scaled_apart(lean(network), torch.rand(2, 2, 6, 5).double()) == 0
+
+
+class Pair(nn.Module):
+    """A convolution and its norm, and somebody else who has to do with one of them."""
+
+    def __init__(self, forward, foldable=False):
+        super().__init__()
+        self.convolution, self.norm = nn.Conv2d(2, 2, 3, padding=1), nn.BatchNorm2d(2)
+        self.tied = nn.Conv2d(2, 2, 3, padding=1)
+        self.tied.weight = self.convolution.weight
+        self.of, self.foldable = [forward], foldable
+
+    def forward(self, x):
+        return self.of[0](self, x)
+
+
+def looking(self, x):
+    if x.sum() > -1e9:  # a trace cannot know
+        x = self.norm(self.convolution(x))
+    return x
+
+
+def changing(self, x):
+    y = self.convolution(x)
+    y += 1
+    return self.norm(y)
+
+
+PAIRS = {
+    "nobody else": (lambda self, x: self.norm(self.convolution(x)), 0),
+    "another convolution of its weights": (lambda self, x: self.norm(self.convolution(self.tied(x))), 0),
+    "a sum": (lambda self, x: (y := self.convolution(x)) + self.norm(y), 1),
+    "the convolution again": (lambda self, x: self.convolution(self.norm(self.convolution(x))), 1),
+    "the norm again": (lambda self, x: self.norm(self.norm(self.convolution(x))), 2),
+    "a change in place": (changing, 1),
+    "one who reads its weights": (lambda self, x: self.norm(self.convolution(x)) + self.convolution.weight.sum(), 1),
+    "one who reads the norm's": (lambda self, x: self.norm(self.convolution(x)) + self.norm.bias.sum(), 1),
+    "a condition": (looking, 1),
+    "a keyword": (lambda self, x: self.norm(input=self.convolution(x)), 0),
+}
+
+
+@pytest.mark.parametrize("who", PAIRS)
+def test_a_norm_stays_where_somebody_else_listens(who):
+    forward, left = PAIRS[who]
+    network = used(Pair(forward).double(), 2, 5, 5)
+    same(network, 2, 5, 5)
+    assert scaled_apart(lean(network), torch.rand(2, 2, 5, 5).double()) == left
+
+
+@pytest.mark.parametrize("kind", ["before", "after", "backward"])
+def test_a_convolution_with_hooks_keeps_its_norm(kind):
+    network = used(nn.Sequential(hooked(nn.Conv2d(2, 4, 3), kind), nn.BatchNorm2d(4)).double(), 2, 6, 5)
+    same(network, 2, 6, 5)
+    assert scaled_apart(lean(network), torch.rand(2, 2, 6, 5).double()) == 1
+
+
+def test_parts_that_can_be_traced_are_folded_within_one_that_cannot():
+    network = Pair(looking)
+    network.convolution = nn.Sequential(nn.Conv2d(2, 2, 3, padding=1), nn.BatchNorm2d(2), nn.ReLU())
+    same(used(network.double(), 2, 5, 5), 2, 5, 5)
+    assert scaled_apart(lean(network), torch.rand(2, 2, 5, 5).double()) == 1
+
+
 # The network itself
 
 

@@ -2,22 +2,25 @@
 
     BatchNorm in eval mode   (x - mean) / sqrt(var + eps) * weight + bias  =  x * scale + shift
 
-so its backward need not compute gradients of weights that nobody wants. Weights lie channels-last; under a lower dtype
-those of convolutions and linear layers are rounded once instead of in every forward. Answers differ from the network's
-by rounding, which is why `find` asks the network itself before it believes any.
+so its backward need not compute gradients of weights that nobody wants, and behind a convolution, which nobody else
+listens to, it is a convolution of other weights. Weights lie channels-last; under a lower dtype those of convolutions
+and linear layers are rounded once instead of in every forward. Answers differ from the network's by rounding, which is
+why `find` asks the network itself before it believes any.
 """
 
 from __future__ import annotations
 
 import copy
+from collections import Counter
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from saltflat.evaluation.search import Logits
 
-CAST = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)  # what autocast runs in lower precision
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+CAST = (*CONVOLUTIONS, nn.Linear)  # what autocast runs in lower precision
 HALF = (torch.bfloat16, torch.float16)
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
@@ -42,7 +45,8 @@ def lean(model: nn.Module, dtype: torch.dtype | None = None) -> Logits:
     except (RuntimeError, TypeError):
         network = model
     else:
-        _replace_norms(network)
+        _simplify_norms(network)
+        _fold_norms(network)
         _lay_out(network, dtype)
     if dtype is None:
         return network
@@ -56,29 +60,17 @@ def lean(model: nn.Module, dtype: torch.dtype | None = None) -> Logits:
     return lower
 
 
-class _Affine(nn.Module):
-    """x * scale + shift for each channel, (N, C, ...) -> (N, C, ...)."""
-
-    scale: Tensor
-    shift: Tensor
-    spread: tuple[Tensor, Tensor] | None = None
+class _Affine:
+    """input * scale + shift for each channel, (N, C, ...) -> (N, C, ...)."""
 
     def __init__(self, norm: _BatchNorm) -> None:
-        super().__init__()
         assert norm.running_mean is not None
-        assert norm.running_var is not None
-        scale = (norm.running_var.double() + norm.eps).rsqrt()
-        if norm.weight is not None:
-            scale = scale * norm.weight.detach().double()
-        shift = -norm.running_mean.double() * scale
-        if norm.bias is not None:
-            shift = shift + norm.bias.detach().double()
-        self.register_buffer("scale", scale.to(norm.running_mean.dtype))
-        self.register_buffer("shift", shift.to(norm.running_mean.dtype))
+        self.scale, self.shift = (values.to(norm.running_mean.dtype) for values in _scale_and_shift(norm))
+        self.spread: tuple[Tensor, Tensor] | None = None
 
-    def forward(self, x: Tensor) -> Tensor:
-        scale, shift = self._spread(x) if x.dtype in HALF else self._by_channel(x)
-        return torch.addcmul(shift, x, scale)
+    def __call__(self, input: Tensor) -> Tensor:
+        scale, shift = self._spread(input) if input.dtype in HALF else self._by_channel(input)
+        return torch.addcmul(shift, input, scale)
 
     def _by_channel(self, x: Tensor) -> tuple[Tensor, Tensor]:
         shape = (-1, *[1] * (x.ndim - 2))
@@ -94,16 +86,75 @@ class _Affine(nn.Module):
         return self.spread
 
 
-def _replace_norms(network: nn.Module) -> None:
-    for module in list(network.modules()):
-        for name, child in list(module.named_children()):
-            if isinstance(child, _BatchNorm) and _is_affine(child):
-                setattr(module, name, _Affine(child))
+def _scale_and_shift(norm: _BatchNorm) -> tuple[Tensor, Tensor]:
+    """Of each channel, in float64."""
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
+    scale = (norm.running_var.double() + norm.eps).rsqrt()
+    if norm.weight is not None:
+        scale = scale * norm.weight.detach().double()
+    shift = -norm.running_mean.double() * scale
+    return scale, shift if norm.bias is None else shift + norm.bias.detach().double()
+
+
+def _fold_norms(network: nn.Module) -> None:
+    """Let convolutions do what the norms behind them do. Who is behind whom is read from a symbolic trace of the
+    forward; parts that cannot be traced, as their forward looks at numbers, are left as they are.
+    """
+    try:
+        nodes = list(fx.Tracer().trace(network).nodes)
+    except Exception:  # whatever somebody's forward does when it is given no numbers
+        for child in network.children():
+            _fold_norms(child)
+        return
+    calls = [(node, network.get_submodule(str(node.target))) for node in nodes if node.op == "call_module"]
+    module_of, times = dict(calls), Counter(module for _, module in calls)
+    read = {str(node.target).rpartition(".")[0] for node in nodes if node.op == "get_attr"}
+    for node, norm in calls:
+        before = (*node.args, *node.kwargs.values())[0]
+        if not (isinstance(norm, _BatchNorm) and isinstance(before, fx.Node) and before in module_of):
+            continue
+        convolution = module_of[before]
+        alone = times[norm] == times[convolution] == len(before.users) == 1
+        unread = read.isdisjoint([str(before.target), str(node.target)])
+        if alone and unread and _is_affine(norm) and _is_plain(convolution):
+            _fold(convolution, norm)
+            norm.forward = _nothing  # type: ignore[method-assign]
+
+
+def _is_plain(module: nn.Module) -> bool:
+    return type(module) in CONVOLUTIONS and not _is_hooked(module)
+
+
+def _nothing(input: Tensor) -> Tensor:
+    return input
+
+
+def _fold(convolution: nn.Module, norm: _BatchNorm) -> None:
+    weight, bias = convolution.weight, convolution.bias
+    assert isinstance(weight, Tensor)
+    scale, shift = _scale_and_shift(norm)
+    if isinstance(bias, Tensor):
+        shift = shift + bias.double() * scale
+    scale = scale.view(-1, *[1] * (weight.ndim - 1))
+    convolution.weight = nn.Parameter((weight.double() * scale).to(weight.dtype), requires_grad=False)
+    convolution.bias = nn.Parameter(shift.to(weight.dtype), requires_grad=False)
+
+
+def _simplify_norms(network: nn.Module) -> None:
+    """Only the forward of a norm changes, so that whoever reads its numbers finds them."""
+    for norm in network.modules():
+        if isinstance(norm, _BatchNorm) and _is_affine(norm):
+            norm.forward = _Affine(norm)  # type: ignore[method-assign]
 
 
 def _is_affine(norm: _BatchNorm) -> bool:
-    hooks = [*norm._forward_pre_hooks, *norm._forward_hooks, *norm._backward_pre_hooks, *norm._backward_hooks]
-    return type(norm) in NORMS and norm.running_mean is not None and not hooks
+    return type(norm) in NORMS and norm.running_mean is not None and not _is_hooked(norm)
+
+
+def _is_hooked(module: nn.Module) -> bool:
+    hooks = module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks
+    return any(hooks)
 
 
 def _lay_out(network: nn.Module, dtype: torch.dtype | None) -> None:
