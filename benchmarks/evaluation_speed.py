@@ -4,7 +4,8 @@
 
 Each round runs pyautoattack (fp32), ours in fp32, and ours in bf16 with every success asked again in fp32, one after
 the other, on the same examples with full budgets. A ratio is that of two runs of one round. The share of time in the
-model is that between a forward's beginning and its end, and between a backward's entering the model and its leaving.
+model is that between a forward's beginning and its end, and between a backward's entering the model and its leaving;
+where only patches of a model's maps are computed, cutting them out counts, too.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,28 +23,54 @@ from peer import standard as by_peer
 from torch import Tensor, nn
 
 from saltflat.evaluation.suite import evaluate, prepared, standard
+from saltflat.evaluation.windows import Near
 from saltflat.lab import record
 from saltflat.lab.config import number, shown
 from saltflat.lab.subjects import chosen, from_run, with_threat
 
 
-class Timed(nn.Module):
-    """A network, and the seconds spent in its forwards and backwards; copies add to the same clock."""
+class Clock:
+    """Seconds spent in networks, between `started` and `stopped`."""
 
-    def __init__(self, network: nn.Module) -> None:
-        super().__init__()
-        self.network, self.clock = network, Clock()
+    def __init__(self) -> None:
+        self.seconds, self.began, self.inside = 0.0, 0.0, False
 
-    def forward(self, x: Tensor) -> Tensor:
-        began = time.perf_counter()
+    def start(self) -> None:
+        self.began, self.inside = time.perf_counter(), True
+
+    def stop(self) -> None:
+        self.seconds, self.inside = self.seconds + time.perf_counter() - self.began, False
+
+
+@contextmanager
+def clocked(clock: Clock) -> Iterator[None]:
+    """Forwards and backwards of whole networks, and what is asked of windows, run on the clock."""
+    of_modules, of_windows = nn.Module.__call__, Near.ask
+
+    def forward(module: nn.Module, x: Tensor, *rest: Any, **settings: Any) -> Any:
+        if clock.inside:  # a layer
+            return of_modules(module, x, *rest, **settings)
+        clock.start()
         x = x.view_as(x)
         if x.requires_grad:
-            x.register_hook(lambda gradient: self.clock.stop())
-        z: Tensor = self.network(x)
-        self.clock.seconds += time.perf_counter() - began
+            x.register_hook(lambda gradient: clock.stop())
+        z = of_modules(module, x, *rest, **settings)
+        clock.stop()
         if z.requires_grad:
-            z.register_hook(lambda gradient: self.clock.start())
+            z.register_hook(lambda gradient: clock.start())
         return z
+
+    def ask(near: Near, new: Tensor, corner: Tensor) -> Tensor:
+        clock.start()
+        z = of_windows(near, new, corner)
+        clock.stop()
+        return z
+
+    nn.Module.__call__, Near.ask = forward, ask  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        nn.Module.__call__, Near.ask = of_modules, of_windows  # type: ignore[method-assign]
 
 
 def as_loaded(network: nn.Module) -> nn.Module:
@@ -50,24 +78,11 @@ def as_loaded(network: nn.Module) -> nn.Module:
     return network.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload, no-any-return]
 
 
-class Clock:
-    def __init__(self) -> None:
-        self.seconds, self.began = 0.0, 0.0
-
-    def __deepcopy__(self, memo: object) -> Clock:
-        return self
-
-    def start(self) -> None:
-        self.began = time.perf_counter()
-
-    def stop(self) -> None:
-        self.seconds += time.perf_counter() - self.began
-
-
 def measured(work: Callable[[], Tensor], clock: Clock) -> dict[str, Any]:
     """Seconds, the model's share of them, and who stayed right."""
     clock.seconds, began = 0.0, time.perf_counter()
-    robust = work()
+    with clocked(clock):
+        robust = work()
     seconds = time.perf_counter() - began
     return {"seconds": seconds, "in_model": clock.seconds / seconds, "robust": robust}
 
@@ -88,7 +103,7 @@ def main() -> None:
 
     of = with_threat(from_run(given.run, given.checkpoint, "cpu", None, given.data_path), given.norm, given.eps, None)
     images, y, _ = chosen(of, "test", given.examples)
-    model = Timed(as_loaded(of.model))
+    model, clock = as_loaded(of.model), Clock()
     x, ball, norm, eps = prepared(images, model), of.threat.ball, of.threat.norm, of.threat.eps
 
     def peer() -> Tensor:
@@ -103,7 +118,7 @@ def main() -> None:
     for _ in range(given.rounds):
         rounds.append({})
         for name, work in contenders.items():
-            found = rounds[-1][name] = measured(work, model.clock)
+            found = rounds[-1][name] = measured(work, clock)
             print(
                 f"round {len(rounds)}  {name:12}  {found['seconds']:7.1f} s  {found['in_model']:6.1%} in the model  "
                 f"{int(found['robust'].sum())} of {len(y)} robust",

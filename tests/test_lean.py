@@ -453,5 +453,5 @@ def test_autocast_ends_with_the_forward():
 
 def test_convolutions_lie_channels_last():
     network = nn.Sequential(nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4))
-    assert lean(network)[0].weight.is_contiguous(memory_format=torch.channels_last)
+    assert lean(network).network[0].weight.is_contiguous(memory_format=torch.channels_last)
     assert network[0].weight.is_contiguous()

@@ -12,12 +12,13 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from saltflat.evaluation.search import Logits
+from saltflat.evaluation.windows import Untraceable, Windows, is_hooked
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 CAST = (*CONVOLUTIONS, nn.Linear)  # what autocast runs in lower precision
@@ -25,7 +26,7 @@ HALF = (torch.bfloat16, torch.float16)
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
-def lean(model: nn.Module, dtype: torch.dtype | None = None) -> Logits:
+def lean(model: nn.Module, dtype: torch.dtype | None = None) -> Lean:
     """x' -> logits, of a copy of the model in eval mode.
 
     Args:
@@ -48,16 +49,33 @@ def lean(model: nn.Module, dtype: torch.dtype | None = None) -> Logits:
         _simplify_norms(network)
         _fold_norms(network)
         _lay_out(network, dtype)
-    if dtype is None:
-        return network
-    device = next(iter(model.parameters()), torch.empty(0)).device.type
+    return Lean(network, dtype)
 
-    def lower(x: Tensor) -> Tensor:
-        with torch.autocast(device, dtype):
-            z: Tensor = network(x)
+
+class Lean:
+    """x' -> logits; and the same where only windows change, on CPUs."""
+
+    def __init__(self, network: nn.Module, dtype: torch.dtype | None) -> None:
+        self.network, self.dtype = network, dtype
+        self.device = next(iter(network.parameters()), torch.empty(0)).device.type
+
+    def __call__(self, x: Tensor) -> Tensor:
+        with self.precision():
+            z: Tensor = self.network(x)
         return z
 
-    return lower
+    def precision(self) -> AbstractContextManager[object]:
+        return nullcontext() if self.dtype is None else torch.autocast(self.device, self.dtype)
+
+    def windows(self) -> Windows | None:
+        if self.device != "cpu":  # elsewhere, a patch costs as much as a small map
+            return None
+        try:
+            return Windows(
+                self.network, lambda module: isinstance(module, _BatchNorm) and _is_affine(module), self.precision
+            )
+        except Untraceable:
+            return None
 
 
 class _Affine:
@@ -123,7 +141,7 @@ def _fold_norms(network: nn.Module) -> None:
 
 
 def _is_plain(module: nn.Module) -> bool:
-    return type(module) in CONVOLUTIONS and not _is_hooked(module)
+    return type(module) in CONVOLUTIONS and not is_hooked(module)
 
 
 def _nothing(input: Tensor) -> Tensor:
@@ -149,12 +167,7 @@ def _simplify_norms(network: nn.Module) -> None:
 
 
 def _is_affine(norm: _BatchNorm) -> bool:
-    return type(norm) in NORMS and norm.running_mean is not None and not _is_hooked(norm)
-
-
-def _is_hooked(module: nn.Module) -> bool:
-    hooks = module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks
-    return any(hooks)
+    return type(norm) in NORMS and norm.running_mean is not None and not is_hooked(norm)
 
 
 def _lay_out(network: nn.Module, dtype: torch.dtype | None) -> None:

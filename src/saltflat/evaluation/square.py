@@ -35,7 +35,9 @@ import torch
 from torch import Tensor
 
 from saltflat.balls import L2, InputBall, Linf
+from saltflat.evaluation.lean import Lean
 from saltflat.evaluation.search import Logits, Search, Trial, keep, rows_of
+from saltflat.evaluation.windows import Windows
 from saltflat.objectives import margin
 from saltflat.random import Generator, uniform
 
@@ -86,17 +88,32 @@ class Square:
         kept = yield Trial(x_adv.view(-1, *shape), z)
         s = _State(y, margin(z, y), x_adv, constants, margin(z, y))
         s, generator = keep(s, kept), generator if kept is None else rows_of(generator, kept)
-        for side, count in _blocks(self.queries, self.p, canvas, move.least):
-            window = _window(side, canvas, move.power, x)
+        windows = _windows(logits, self.ball) if x.ndim == 4 else None
+        side, near = 0, None
+        for now, count in _blocks(self.queries, self.p, canvas, move.least):
+            window = _window(now, canvas, move.power, x)
             paints = _paints(window, canvas, count, s.x_adv, generator)
             s = s._replace(mass=move.mass(s))
+            if now != side and windows is not None:
+                near = windows.near(s.x_adv.view(-1, *shape), window.height, window.width)
+            side = now
             for t in range(count):
-                strokes, mass = move.paint(s, window, _Paint(*(tensor[:, t] for tensor in paints)))
-                z = _forward(logits, s.x_adv, shape)
+                paint = _Paint(*(tensor[:, t] for tensor in paints))
+                strokes, mass = move.paint(s, window, paint)
+                if near is None:
+                    z = _forward(logits, s.x_adv, shape)
+                else:
+                    z = near.ask(strokes[0].new.view(-1, shape[0], window.height, window.width), paint.corners[:, 0])
                 kept = yield Trial(s.x_adv.view(-1, *shape), z)
-                s = _settled(s, strokes, mass, margin(z, s.y))
+                f = margin(z, s.y)
+                better = f > s.f
+                s = _settled(s, strokes, mass, f, better)
+                if near is not None:
+                    near.settle(better)
                 if kept is not None:
                     s, paints, generator = keep(s, kept), keep(paints, kept), rows_of(generator, kept)
+                    if near is not None:
+                        near.keep(kept)
 
 
 class _State(NamedTuple):
@@ -262,6 +279,11 @@ def _unit(v: Tensor, power: int) -> Tensor:
     return v / ((norm.sqrt() if power == 2 else norm) + 1e-12)
 
 
+def _windows(logits: Logits, ball: InputBall) -> Windows | None:
+    """In L-inf a query changes one window, and a network may have a quicker way to tell what that does."""
+    return logits.windows() if isinstance(logits, Lean) and isinstance(ball, Linf) else None
+
+
 def _forward(logits: Logits, x_adv: Tensor, shape: torch.Size) -> Tensor:
     with torch.no_grad():
         return logits(x_adv.view(-1, *shape))
@@ -273,9 +295,8 @@ def _stroke(rows: Tensor, index: Tensor, new: Tensor) -> _Stroke:
     return _Stroke(index, new, old)
 
 
-def _settled(s: _State, strokes: list[_Stroke], mass: Tensor, f: Tensor) -> _State:
-    """Where f did not rise, what was there before; strokes that overlap are written in their order again."""
-    better = f > s.f
+def _settled(s: _State, strokes: list[_Stroke], mass: Tensor, f: Tensor, better: Tensor) -> _State:
+    """Where it is not better, what was there before; strokes that overlap are written in their order again."""
     for places, new, old in strokes:
         chosen = torch.where(better[:, None], new, old)
         if places is None:
