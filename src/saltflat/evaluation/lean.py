@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from saltflat.evaluation.windows import Untraceable, Windows, is_hooked
+from saltflat.evaluation.windows import Untraceable, Windows, is_hooked, traced
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 CAST = (*CONVOLUTIONS, nn.Linear)  # what autocast runs in lower precision
@@ -120,8 +120,8 @@ def _fold_norms(network: nn.Module) -> None:
     forward; parts that cannot be traced, as their forward looks at numbers, are left as they are.
     """
     try:
-        nodes = list(fx.Tracer().trace(network).nodes)
-    except Exception:  # whatever somebody's forward does when it is given no numbers
+        nodes = traced(network)
+    except Untraceable:
         for child in network.children():
             _fold_norms(child)
         return

@@ -25,11 +25,24 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
+from saltflat.models.normalise import Normalise
+
 MOST = 0.7  # of a map that patches are worth their while for
 WORTH = 0.75  # of all multiplications that may be left to do
 BYTES = 2**31  # that may be kept
 
-POINTWISE_MODULES = (nn.ReLU, nn.LeakyReLU, nn.ELU, nn.GELU, nn.SiLU, nn.Softplus, nn.Tanh, nn.Sigmoid, nn.Identity)
+POINTWISE_MODULES = (
+    nn.ReLU,
+    nn.LeakyReLU,
+    nn.ELU,
+    nn.GELU,
+    nn.SiLU,
+    nn.Softplus,
+    nn.Tanh,
+    nn.Sigmoid,
+    nn.Identity,
+    Normalise,
+)
 POINTWISE_FUNCTIONS = (F.relu, F.leaky_relu, F.elu, F.gelu, F.silu, F.softplus, torch.relu, torch.tanh, torch.sigmoid)
 POINTWISE_METHODS = ("relu", "relu_", "tanh", "sigmoid")
 DROPOUT = (nn.Dropout, nn.Dropout2d)
@@ -39,6 +52,21 @@ SCALINGS = (*SUMS, operator.sub, operator.mul, operator.truediv, torch.sub, torc
 
 class Untraceable(Exception):
     """It cannot be read from a network's forward which layer follows which."""
+
+
+class _Tracer(fx.Tracer):
+    """Does not look into `Normalise`, which asks for a shape."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return isinstance(m, Normalise) or super().is_leaf_module(m, module_qualified_name)
+
+
+def traced(network: nn.Module) -> list[fx.Node]:
+    """What a network does, in order; raises Untraceable."""
+    try:
+        return list(_Tracer().trace(network).nodes)
+    except Exception as error:  # whatever somebody's forward does when it is given no numbers
+        raise Untraceable(str(error)) from error
 
 
 class Windows:
@@ -68,11 +96,7 @@ class Windows:
     ) -> None:
         if is_hooked(network):
             raise Untraceable("a trace does not hold the hooks of the whole")
-        try:
-            self.nodes = list(fx.Tracer().trace(network).nodes)
-        except Exception as error:  # whatever somebody's forward does when it is given no numbers
-            raise Untraceable(str(error)) from error
-        self.network, self.context = network, context
+        self.network, self.context, self.nodes = network, context, traced(network)
         self.modules = {
             node: network.get_submodule(str(node.target)) for node in self.nodes if node.op == "call_module"
         }
