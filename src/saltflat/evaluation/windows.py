@@ -29,6 +29,7 @@ from saltflat.models.normalise import Normalise
 
 MOST = 0.7  # of a map that patches are worth their while for
 WORTH = 0.75  # of all multiplications that may be left to do
+OVERHEAD = 1.6e7  # multiplications that a CPU does while one map is cut and joined
 BYTES = 2**31  # that may be kept
 
 POINTWISE_MODULES = (
@@ -79,12 +80,12 @@ class Windows:
 
     Raises Untraceable where there is no trace of its forward.
 
-    >>> network = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(1024, 2)).eval()
-    >>> x, new = torch.rand(2, 1, 16, 16), torch.zeros(2, 1, 1, 1)
-    >>> near = Windows(network).near(x, 1, 1)
-    >>> z = near.ask(new, torch.tensor([15, 5 * 16 + 3]))
-    >>> x[0, 0, 0, 15] = x[1, 0, 5, 3] = 0
-    >>> torch.allclose(z, network(x), atol=1e-6)
+    >>> layers = nn.Conv2d(1, 32, 3, padding=1), nn.ReLU(), nn.Conv2d(32, 32, 3, padding=1), nn.Flatten()
+    >>> network, x = nn.Sequential(*layers, nn.Linear(32 * 32 * 32, 2)).eval(), torch.rand(8, 1, 32, 32)
+    >>> near = Windows(network).near(x, 2, 2)
+    >>> z = near.ask(torch.zeros(8, 1, 2, 2), torch.full((8,), 5 * 32 + 3))
+    >>> x[:, :, 5:7, 3:5] = 0
+    >>> torch.allclose(z, network(x), atol=1e-5)
     True
     """
 
@@ -340,8 +341,6 @@ def _plan(windows: Windows, values: Mapping[fx.Node, Any], height: int, width: i
             reached[node] = reaches
         cost = _multiplications(windows.modules.get(node), values[node])
         usual, left = usual + cost, left + cost * (part if node in reached else 1)
-    if left > WORTH * usual:
-        return None
     patches = {
         node: _Region(rows.start, across.start, rows.size, across.size) for node, (rows, across) in reached.items()
     }
@@ -350,7 +349,9 @@ def _plan(windows: Windows, values: Mapping[fx.Node, Any], height: int, width: i
         for other in node.all_input_nodes:
             if other in patches:
                 _demand(windows, plan, node, other)
-    return plan if _bytes(plan, values) <= BYTES else None
+    n = len(next(iter(values.values())))
+    pays = left <= WORTH * usual and n * (usual - left) >= OVERHEAD * len(plan.rings)
+    return plan if pays and _bytes(plan, values) <= BYTES else None
 
 
 def _of_window(x: Tensor, height: int, width: int) -> Reaches:
