@@ -664,7 +664,7 @@ def test_what_cannot_do_with_less_is_given_full_precision(dtype):
     verdicts(model.float(), x.float(), y, [replace(chain, stages=stages)], dtype=dtype)
     half, full = dtype or torch.float32, torch.float32
     assert [stage.name for stage in stages] == ["apgd-ce", "apgd-t", "fab-t", "square", "spsa", "pgd-2"]
-    assert seen == [half, half, full, half, full, half]
+    assert seen == [half, half, half, half, full, half]
 
 
 # Classes, shapes and numbers

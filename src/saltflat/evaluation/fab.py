@@ -59,7 +59,7 @@ class TargetedFAB:
         restarts: further searches, which start at random at half the radius from x. AutoAttack's standard version,
             which calls it one restart, has none: it starts at x.
 
-    Logits should be in full precision: distances are found to within 1 %, and half precision moves the boundary.
+    Half precision moves the boundary a little; as x' goes back and forth over it, the true one is crossed as well.
     It draws once a restart.
 
     >>> from saltflat.evaluation import find

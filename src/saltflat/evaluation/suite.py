@@ -115,9 +115,8 @@ def apgd_t(ball: InputBall, steps: int = 100, targets: int = TARGETS) -> Column:
 
 
 def fab_t(ball: InputBall, steps: int = 100, targets: int = TARGETS) -> Column:
-    # it converges to the boundary, and half precision has another one
     ranks, cost = range(1, targets + 1), 2 * steps + 2
-    return Column("fab-t", tuple(Stage("fab-t", TargetedFAB(ball, rank, steps), cost, rank, True) for rank in ranks))
+    return Column("fab-t", tuple(Stage("fab-t", TargetedFAB(ball, rank, steps), cost, rank) for rank in ranks))
 
 
 def square(ball: InputBall, queries: int = 5000) -> Column:
