@@ -172,6 +172,7 @@ def sized(m, x):
 
 FORWARDS = {
     "a sum in place": residual,
+    "in place": lambda m, x: m.head(m.second(F.relu_(m.relu(m.first(x))).relu_())),
     "other sizes": downwards,
     "shapes": sized,
     "numbers for channels": lambda m, x: m.head(torch.tanh((m.first(x) - m.scale) / 2 * m.scale + 1)),
@@ -223,7 +224,11 @@ def written_over(m, x):
     return m.head(F.relu_(y) + z)
 
 
-@pytest.mark.parametrize("forward", [written_over, lambda m, x: m.head(m.first(x.sub_(0.5)))])
+@pytest.mark.parametrize(
+    "forward",
+    [written_over, lambda m, x: m.head(m.first(x.sub_(0.5))), lambda m, x: m.head(m.second(m.first(x).mul_(2).exp_()))],
+    ids=["a map", "the image", "a map by what is not known"],
+)
 def test_what_others_read_may_not_be_written_over(forward):
     network, x = used(Of(forward)), torch.rand(3, 2, 12, 12, dtype=torch.float64)
     assert Windows(network).near(x, 2, 2) is None

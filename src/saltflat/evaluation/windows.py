@@ -44,11 +44,25 @@ POINTWISE_MODULES = (
     nn.Identity,
     Normalise,
 )
-POINTWISE_FUNCTIONS = (F.relu, F.leaky_relu, F.elu, F.gelu, F.silu, F.softplus, torch.relu, torch.tanh, torch.sigmoid)
+POINTWISE_FUNCTIONS = (
+    F.relu,
+    F.leaky_relu,
+    F.elu,
+    F.gelu,
+    F.silu,
+    F.softplus,
+    torch.relu,
+    torch.relu_,
+    torch.tanh,
+    torch.sigmoid,
+)
 POINTWISE_METHODS = ("relu", "relu_", "tanh", "sigmoid")
 DROPOUT = (nn.Dropout, nn.Dropout2d)
 SUMS = (operator.add, operator.iadd, torch.add, "add", "add_")
 SCALINGS = (*SUMS, operator.sub, operator.mul, operator.truediv, torch.sub, torch.mul, torch.div, "sub", "mul", "div")
+
+
+Call = Callable[[Mapping[fx.Node, Any]], Any]  # what a node makes of those before it
 
 
 class Untraceable(Exception):
@@ -103,6 +117,7 @@ class Windows:
         }
         self.convolutions = {node: module for node, module in self.modules.items() if _is_plain(module)}
         self.pointwise = {node for node in self.nodes if self._is_pointwise(node, pointwise)}
+        self.calls = {node: self._call(node) for node in self.nodes}
 
     def near(self, x: Tensor, height: int, width: int) -> Near | None:
         """Around the images x (N, C, H, W), for windows of this size; None where little would be gained."""
@@ -110,29 +125,34 @@ class Windows:
         versions = {}
         with torch.no_grad(), self.context():
             for node in self.nodes:
-                values[node] = self.value(node, values, x)
+                values[node] = x if node.op == "placeholder" else self.calls[node](values)
                 versions[node] = _version(values[node])
-        for (
-            node,
-            value,
-        ) in values.items():  # whoever reads a tensor that another writes over gets it at a time of its own
-            if _version(value) != versions[node] and (len(node.users) > 1 or node.op == "placeholder"):
-                return None
         plan = _plan(self, values, height, width)
-        return None if plan is None else Near(self, plan, values)
+        written_over = {node for node, value in values.items() if _version(value) != versions[node]}
+        if plan is None or any(node in plan.rings or node.op == "placeholder" for node in written_over):
+            return None  # what is kept has to be what was read
+        return Near(self, plan, values)
 
-    def value(self, node: fx.Node, values: Mapping[fx.Node, Any], x: Tensor) -> Any:
-        """Of a node, from those before it."""
-        args, kwargs = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
-        if node.op == "placeholder":
-            return x
+    def _call(self, node: fx.Node) -> Call:
+        target = str(node.target)
+        function: Callable[..., Any]
         if node.op == "get_attr":
-            return operator.attrgetter(str(node.target))(self.network)
+            return lambda given: operator.attrgetter(target)(self.network)
         if node.op == "call_module":
-            return self.modules[node](*args, **kwargs)
-        if node.op == "call_method":
-            return getattr(args[0], str(node.target))(*args[1:], **kwargs)
-        return args[0] if node.op == "output" else node.target(*args, **kwargs)  # type: ignore[operator]
+            function = self.modules[node]
+        elif node.op == "call_method":
+            function = lambda tensor, *rest, **settings: getattr(tensor, target)(*rest, **settings)
+        else:
+            function = _itself if node.op in ("output", "placeholder") else node.target  # type: ignore[assignment]
+        args, kwargs = node.args, node.kwargs
+        if not kwargs and all(isinstance(arg, fx.Node) for arg in args):
+            return lambda given: function(*(given[arg] for arg in args))  # type: ignore[index]
+
+        def call(given: Mapping[fx.Node, Any]) -> Any:
+            found, settings = fx.node.map_arg((args, kwargs), given.__getitem__)
+            return function(*found, **settings)
+
+        return call
 
     def _is_pointwise(self, node: fx.Node, known: Callable[[nn.Module], bool]) -> bool:
         module = self.modules.get(node)
@@ -159,26 +179,31 @@ class Near:
             for before, region in cuts.items()
         }
         self.place = torch.empty(0, dtype=torch.int64)
+        self.steps = [
+            (node, node.all_input_nodes, self._call(node), self.kept.get(node))
+            for node in windows.nodes
+            if node in plan.changed
+        ]
 
     def ask(self, new: Tensor, corner: Tensor) -> Tensor:
         """Logits (N, K) of the images with the windows new (N, C, height, width) in them, whose first pixels are
         `corner`, (N,), counted line by line.
         """
-        plan, windows, values = self.plan, self.windows, dict(self.unchanged)
+        plan, values, value = self.plan, dict(self.unchanged), new
         self.place = corner - corner // plan.width * (plan.width - plan.columns)  # of the window's, line by line
-        with torch.no_grad(), windows.context():
-            for node in windows.nodes:
-                if node not in plan.changed:
-                    continue
-                given = {before: self._taken(node, before, values) for before in node.all_input_nodes}
-                if node in plan.patches and node in windows.convolutions:
-                    values[node] = _unpadded(windows.convolutions[node], *given.values())
-                else:
-                    values[node] = windows.value(node, given, new)
-                if node in self.kept:
-                    self.kept[node].put(values[node])
-        z: Tensor = values[windows.nodes[-1]]
-        return z
+        with torch.no_grad(), self.windows.context():
+            for node, inputs, call, kept in self.steps:
+                value = call({before: self._taken(node, before, values) for before in inputs}) if inputs else new
+                values[node] = value
+                if kept is not None:
+                    kept.put(value)
+        return value
+
+    def _call(self, node: fx.Node) -> Call:
+        if node in self.plan.patches and node in self.windows.convolutions:
+            module, (before,) = self.windows.convolutions[node], node.all_input_nodes
+            return lambda given: _unpadded(module, given[before])
+        return self.windows.calls[node]
 
     def _taken(self, node: fx.Node, before: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
         """What a node is given of one before it: its patch, another region of it, or the whole."""
@@ -461,6 +486,10 @@ def _bytes(plan: _Plan, values: Mapping[fx.Node, Any]) -> float:
     maps = sum(values[node].numel() * values[node].element_size() for node in plan.rings)
     cut = [region for cuts in plan.cuts.values() for region in cuts.values()]
     return float(maps + 8 * places * sum(region.height * region.width for region in [*cut, *plan.patches.values()]))
+
+
+def _itself(value: Any) -> Any:
+    return value
 
 
 def _version(value: Any) -> int:
