@@ -218,6 +218,20 @@ def test_layers_with_hooks_are_asked_for_the_whole():
     assert {shape[2:] for shape in seen} == {(12, 12)}
 
 
+class Optional(Of):
+    """With arguments that nobody gives."""
+
+    def forward(self, x, mask=None, *, scale=1.0, **more):
+        x = self.norm(self.first(x)) if mask is None else self.second(self.norm(self.first(x) * mask))
+        return self.head(self.second(x) * scale)
+
+
+def test_arguments_that_nobody_gives():
+    network, x = used(Optional(None)), torch.rand(3, 2, 12, 12, dtype=torch.float64)
+    follows(network, x, 2, 2)
+    follows(network, x, 2, 2, near=lean(network).windows().near(x, 2, 2))
+
+
 def written_over(m, x):
     y = m.first(x)
     z = m.second(y)

@@ -15,7 +15,7 @@ from collections import Counter
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from saltflat.evaluation.windows import Untraceable, Windows, is_hooked, traced
@@ -116,21 +116,16 @@ def _scale_and_shift(norm: _BatchNorm) -> tuple[Tensor, Tensor]:
 
 
 def _fold_norms(network: nn.Module) -> None:
-    """Let convolutions do what the norms behind them do. Who is behind whom is read from a symbolic trace of the
-    forward; parts that cannot be traced, as their forward looks at numbers, are left as they are.
-    """
+    """Let convolutions do what the norms behind them do, where a trace shows that nobody else has to do with either."""
     try:
-        nodes = traced(network)
+        nodes, module_of, _ = traced(network)
     except Untraceable:
-        for child in network.children():
-            _fold_norms(child)
         return
-    calls = [(node, network.get_submodule(str(node.target))) for node in nodes if node.op == "call_module"]
-    module_of, times = dict(calls), Counter(module for _, module in calls)
+    times = Counter(module_of.values())
     read = {str(node.target).rpartition(".")[0] for node in nodes if node.op == "get_attr"}
-    for node, norm in calls:
-        before = (*node.args, *node.kwargs.values())[0]
-        if not (isinstance(norm, _BatchNorm) and isinstance(before, fx.Node) and before in module_of):
+    for node, norm in module_of.items():
+        before = node.all_input_nodes[0] if node.all_input_nodes else node
+        if not isinstance(norm, _BatchNorm) or before not in module_of:
             continue
         convolution = module_of[before]
         alone = times[norm] == times[convolution] == len(before.users) == 1

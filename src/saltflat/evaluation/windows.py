@@ -76,12 +76,24 @@ class _Tracer(fx.Tracer):
         return isinstance(m, Normalise) or super().is_leaf_module(m, module_qualified_name)
 
 
-def traced(network: nn.Module) -> list[fx.Node]:
-    """What a network does, in order; raises Untraceable."""
+class Trace(NamedTuple):
+    """What a network does, in order; which modules it calls; and the whole that names refer to."""
+
+    nodes: list[fx.Node]
+    modules: dict[fx.Node, nn.Module]
+    root: nn.Module
+
+
+def traced(network: nn.Module) -> Trace:
+    """Of a forward with one argument, and defaults for all others. Raises Untraceable."""
+    root = nn.Sequential(network)  # which calls it as everybody does
     try:
-        return list(_Tracer().trace(network).nodes)
+        nodes = list(_Tracer().trace(root).nodes)
     except Exception as error:  # whatever somebody's forward does when it is given no numbers
         raise Untraceable(str(error)) from error
+    return Trace(
+        nodes, {node: root.get_submodule(str(node.target)) for node in nodes if node.op == "call_module"}, root
+    )
 
 
 class Windows:
@@ -111,10 +123,8 @@ class Windows:
     ) -> None:
         if is_hooked(network):
             raise Untraceable("a trace does not hold the hooks of the whole")
-        self.network, self.context, self.nodes = network, context, traced(network)
-        self.modules = {
-            node: network.get_submodule(str(node.target)) for node in self.nodes if node.op == "call_module"
-        }
+        self.nodes, self.modules, self.root = traced(network)
+        self.context = context
         self.convolutions = {node: module for node, module in self.modules.items() if _is_plain(module)}
         self.pointwise = {node for node in self.nodes if self._is_pointwise(node, pointwise)}
         self.calls = {node: self._call(node) for node in self.nodes}
@@ -137,7 +147,7 @@ class Windows:
         target = str(node.target)
         function: Callable[..., Any]
         if node.op == "get_attr":
-            return lambda given: operator.attrgetter(target)(self.network)
+            return lambda given: operator.attrgetter(target)(self.root)
         if node.op == "call_module":
             function = self.modules[node]
         elif node.op == "call_method":
