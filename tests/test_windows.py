@@ -177,6 +177,7 @@ FORWARDS = {
     "shapes": sized,
     "numbers for channels": lambda m, x: m.head(torch.tanh((m.first(x) - m.scale) / 2 * m.scale + 1)),
     "a number from the left": lambda m, x: m.head(m.second(1 - torch.relu(0.5 * m.first(x)))),
+    "a map by name": lambda m, x: m.head(m.second(torch.add(m.first(x), other=m.map))),
     "a map": lambda m, x: m.head(m.second(F.relu(m.first(x) + m.map))),
     "the same layer twice": lambda m, x: m.head(m.second(m.second(m.first(x)))),
     "a sum with itself": lambda m, x: m.head(m.second(torch.add(y := m.first(x), y))),
@@ -230,6 +231,26 @@ def test_arguments_that_nobody_gives():
     network, x = used(Optional(None)), torch.rand(3, 2, 12, 12, dtype=torch.float64)
     follows(network, x, 2, 2)
     follows(network, x, 2, 2, near=lean(network).windows().near(x, 2, 2))
+
+
+def remembering(m, x):
+    m.of.append(x)
+    return m.head(m.first(x)) * len(m.of)
+
+
+@pytest.mark.parametrize(
+    "forward",
+    [
+        lambda m, x: m.head(m.first(x)) + torch.randn(3),
+        lambda m, x: m.head(m.first(x) + torch.randn_like(x[:, :1])),
+        remembering,
+        lambda m, x: (m.head(m.first(x)), x),
+    ],
+    ids=["numbers", "a map of numbers", "memory", "two answers"],
+)
+def test_a_trace_that_answers_otherwise_is_not_believed(forward):
+    network, x = used(Of(forward)), torch.rand(3, 2, 12, 12, dtype=torch.float64)
+    assert Windows(network).near(x, 2, 2) is None
 
 
 def written_over(m, x):

@@ -137,6 +137,10 @@ class Windows:
             for node in self.nodes:
                 values[node] = x if node.op == "placeholder" else self.calls[node](values)
                 versions[node] = _version(values[node])
+            if not _alike(
+                values[self.nodes[-1]], self.root(x)
+            ):  # it draws numbers, or goes by what is not in the trace
+                return None
         plan = _plan(self, values, height, width)
         written_over = {node for node, value in values.items() if _version(value) != versions[node]}
         if plan is None or any(node in plan.rings or node.op == "placeholder" for node in written_over):
@@ -415,8 +419,9 @@ def _reaches(
         )
         rows, columns = (reach.through(*axis) for reach, *axis in settings)
         return rows, columns
-    others = [values[arg] if isinstance(arg, fx.Node) else arg for arg in node.args if arg not in before]
-    if node in windows.pointwise or (node.target in SCALINGS and all(_is_by_channel(other) for other in others)):
+    constants = [values[other] for other in node.all_input_nodes if other not in before]
+    scaling = node.op in ("call_function", "call_method") and node.target in SCALINGS
+    if node in windows.pointwise or (scaling and all(_is_by_channel(value) for value in constants)):
         if len(before) == 1:
             return reached[before[0]]
         if node.target in SUMS and values[before[0]].shape == values[before[1]].shape:
@@ -496,6 +501,12 @@ def _bytes(plan: _Plan, values: Mapping[fx.Node, Any]) -> float:
     maps = sum(values[node].numel() * values[node].element_size() for node in plan.rings)
     cut = [region for cuts in plan.cuts.values() for region in cuts.values()]
     return float(maps + 8 * places * sum(region.height * region.width for region in [*cut, *plan.patches.values()]))
+
+
+def _alike(z: Any, answer: Any) -> bool:
+    if not isinstance(z, Tensor) or not isinstance(answer, Tensor) or z.shape != answer.shape:
+        return False
+    return bool((z - answer).abs().max() <= 1e-3 * answer.abs().max())
 
 
 def _itself(value: Any) -> Any:
