@@ -23,14 +23,14 @@ from peer import standard as by_peer
 from torch import Tensor, nn
 
 from saltflat.evaluation.suite import evaluate, prepared, standard
-from saltflat.evaluation.windows import Near
+from saltflat.evaluation.windows import Near, Windows
 from saltflat.lab import record
 from saltflat.lab.config import number, shown
 from saltflat.lab.subjects import chosen, from_run, with_threat
 
 
 class Clock:
-    """Seconds spent in networks, between `started` and `stopped`."""
+    """Seconds spent in networks, between `start` and `stop`."""
 
     def __init__(self) -> None:
         self.seconds, self.began, self.inside = 0.0, 0.0, False
@@ -45,32 +45,37 @@ class Clock:
 @contextmanager
 def clocked(clock: Clock) -> Iterator[None]:
     """Forwards and backwards of whole networks, and what is asked of windows, run on the clock."""
-    of_modules, of_windows = nn.Module.__call__, Near.ask
+    whole, near, ask = nn.Module.__call__, Windows.near, Near.ask
 
-    def forward(module: nn.Module, x: Tensor, *rest: Any, **settings: Any) -> Any:
+    def forward(module: nn.Module, *given: Any, **settings: Any) -> Any:
         if clock.inside:  # a layer
-            return of_modules(module, x, *rest, **settings)
+            return whole(module, *given, **settings)
         clock.start()
+        (x,) = given
         x = x.view_as(x)
         if x.requires_grad:
             x.register_hook(lambda gradient: clock.stop())
-        z = of_modules(module, x, *rest, **settings)
+        z = whole(module, x)
         clock.stop()
         if z.requires_grad:
             z.register_hook(lambda gradient: clock.start())
         return z
 
-    def ask(near: Near, new: Tensor, corner: Tensor) -> Tensor:
-        clock.start()
-        z = of_windows(near, new, corner)
-        clock.stop()
-        return z
+    def on_the_clock(function: Callable[..., Any]) -> Callable[..., Any]:
+        def timed(*given: Any) -> Any:
+            clock.start()
+            found = function(*given)
+            clock.stop()
+            return found
 
-    nn.Module.__call__, Near.ask = forward, ask  # type: ignore[method-assign]
+        return timed
+
+    nn.Module.__call__ = forward  # type: ignore[method-assign]
+    Windows.near, Near.ask = on_the_clock(near), on_the_clock(ask)  # type: ignore[method-assign]
     try:
         yield
     finally:
-        nn.Module.__call__, Near.ask = of_modules, of_windows  # type: ignore[method-assign]
+        nn.Module.__call__, Windows.near, Near.ask = whole, near, ask  # type: ignore[method-assign]
 
 
 def as_loaded(network: nn.Module) -> nn.Module:

@@ -233,24 +233,109 @@ def test_arguments_that_nobody_gives():
     follows(network, x, 2, 2, near=lean(network).windows().near(x, 2, 2))
 
 
-def remembering(m, x):
-    m.of.append(x)
-    return m.head(m.first(x)) * len(m.of)
-
-
 @pytest.mark.parametrize(
     "forward",
     [
         lambda m, x: m.head(m.first(x)) + torch.randn(3),
         lambda m, x: m.head(m.first(x) + torch.randn_like(x[:, :1])),
-        remembering,
         lambda m, x: (m.head(m.first(x)), x),
     ],
-    ids=["numbers", "a map of numbers", "memory", "two answers"],
+    ids=["numbers", "a map of numbers", "two answers"],
 )
 def test_a_trace_that_answers_otherwise_is_not_believed(forward):
     network, x = used(Of(forward)), torch.rand(3, 2, 12, 12, dtype=torch.float64)
     assert Windows(network).near(x, 2, 2) is None
+
+
+class Caching(Of):
+    """Computes something in its first forward, and remembers its features."""
+
+    cache = None
+
+    def forward(self, x):
+        y = self.features = self.first(x)
+        if self.cache is None:
+            self.cache = torch.linspace(0, 1, 4).view(1, 4, 1, 1).to(y)
+        return self.head(self.second(y * self.cache))
+
+
+def test_what_a_forward_remembers_is_not_of_a_trace():
+    network, x = used(Caching(None)), torch.rand(3, 2, 12, 12, dtype=torch.float64)
+    Windows(network)
+    assert "cache" not in vars(network)
+    follows(network, x, 2, 2)
+    assert isinstance(lean(network)(x), torch.Tensor)
+
+
+class Functional(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.w, self.v = nn.Parameter(torch.randn(4, 2, 3, 3)), nn.Parameter(torch.randn(3, 4))
+
+    def forward(self, x):
+        return F.linear(F.conv2d(x, self.w, padding=1).relu().mean((2, 3)), self.v)
+
+
+class Unseeing(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer, self.z = nn.Conv2d(2, 3, 3), nn.Parameter(torch.randn(3))
+
+    def forward(self, x):
+        self.layer(x)
+        return self.z.expand(x.size(0), 3)
+
+
+@pytest.mark.parametrize("build", [Functional, Unseeing])
+def test_networks_without_anything_to_gain(build):
+    network, x = build().double(), torch.rand(3, 2, 12, 12, dtype=torch.float64)
+    near = Windows(network).near(x, 2, 2)
+    assert near is None or torch.equal(near.ask(x[:, :, :2, :2], torch.zeros(3, dtype=torch.long)), network(x))
+
+
+@pytest.mark.parametrize(("kind", "name"), [("second", "forward"), ("second", "_conv_forward"), ("dropout", "forward")])
+def test_layers_of_which_a_part_was_replaced(kind, name):
+    network = used(Of(lambda m, x: m.head(m.dropout(m.second(m.first(x))))))
+    layer = getattr(network, kind)
+    setattr(layer, name, lambda x, *weights: F.conv2d(F.pad(x, (1, 1, 1, 1), mode="circular"), network.second.weight))
+    follows(network, torch.rand(3, 2, 12, 12, dtype=torch.float64), 2, 2)
+
+
+def test_under_inference_mode_the_whole_is_asked():
+    network, x = used(Of(FORWARDS["settings by name"])), torch.rand(3, 2, 12, 12, dtype=torch.float64)
+    with torch.inference_mode():
+        assert Windows(network).near(x, 2, 2) is None
+
+
+VIEWS = {
+    "flat maps": lambda m, x: m.second(m.first(x)).view(x.size(0), -1),
+    "a flat image": lambda m, x: m.head(m.second(m.first(x))) + x.view(x.size(0), -1).mean(1, keepdim=True),
+    "flat pools": lambda m, x: F.max_pool2d(torch.relu(m.first(x)), 2).view(-1, 144),
+}
+
+
+@pytest.mark.parametrize("kind", VIEWS)
+def test_views_of_maps_that_lie_row_by_row(kind):
+    follows(used(Of(VIEWS[kind])), torch.rand(3, 2, 12, 12, dtype=torch.float64), 2, 2)
+
+
+def test_features_that_a_hook_leaves_behind_are_none_of_a_trace():
+    network, found = used(Of(lambda m, x: m.head(m.dropout(m.first(x))) + m.found[0].mean((1, 2))[:, :3])), []
+    network.found = found
+    network.dropout.register_forward_hook(lambda module, args, z: found.insert(0, z.detach()))
+    x = torch.rand(3, 2, 12, 12, dtype=torch.float64)
+    network(x)
+    assert Windows(network).near(x, 2, 2) is None
+
+
+def adding_up(m, x):
+    total = torch.zeros(1, 3, dtype=torch.float64)
+    total += m.head(m.first(x))
+    return total
+
+
+def test_constants_that_are_written_over():
+    assert Windows(used(Of(adding_up))).near(torch.rand(1, 2, 12, 12, dtype=torch.float64), 2, 2) is None
 
 
 def written_over(m, x):

@@ -2,26 +2,23 @@
 
     BatchNorm in eval mode   (x - mean) / sqrt(var + eps) * weight + bias  =  x * scale + shift
 
-so its backward need not compute gradients of weights that nobody wants, and behind a convolution, which nobody else
-listens to, it is a convolution of other weights. Weights lie channels-last; under a lower dtype those of convolutions
-and linear layers are rounded once instead of in every forward. Answers differ from the network's by rounding, which is
-why `find` asks the network itself before it believes any.
+so its backward need not compute gradients of weights that nobody wants. Weights lie channels-last; under a lower dtype
+those of convolutions and linear layers are rounded once instead of in every forward. Answers differ from the network's
+by rounding, which is why `find` asks the network itself before it believes any.
 """
 
 from __future__ import annotations
 
 import copy
-from collections import Counter
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from saltflat.evaluation.windows import Untraceable, Windows, is_hooked, traced
+from saltflat.evaluation.windows import Untraceable, Windows, is_changed
 
-CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-CAST = (*CONVOLUTIONS, nn.Linear)  # what autocast runs in lower precision
+CAST = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)  # what autocast runs in lower precision
 HALF = (torch.bfloat16, torch.float16)
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
@@ -44,24 +41,28 @@ def lean(model: nn.Module, dtype: torch.dtype | None = None) -> Lean:
     try:
         network = copy.deepcopy(model).eval().requires_grad_(False)
     except (RuntimeError, TypeError):
-        network = model
-    else:
-        _simplify_norms(network)
-        _fold_norms(network)
-        _lay_out(network, dtype)
-    return Lean(network, dtype)
+        return Lean(model, dtype, copied=False)
+    _simplify_norms(network)
+    _lay_out(network, dtype)
+    return Lean(network, dtype, copied=True)
 
 
 class Lean:
     """x' -> logits; and the same where only windows change, on CPUs."""
 
-    def __init__(self, network: nn.Module, dtype: torch.dtype | None) -> None:
-        self.network, self.dtype = network, dtype
+    def __init__(self, network: nn.Module, dtype: torch.dtype | None, copied: bool) -> None:
+        self.network, self.dtype, self.copied = network, dtype, copied
         self.device = next(iter(network.parameters()), torch.empty(0)).device.type
 
     def __call__(self, x: Tensor) -> Tensor:
         with self.precision():
-            z: Tensor = self.network(x)
+            try:
+                z: Tensor = self.network(x)
+            except RuntimeError:  # some views are of maps that lie row by row only
+                if not self.copied:
+                    raise
+                self.network.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+                z = self.network(x)
         return z
 
     def precision(self) -> AbstractContextManager[object]:
@@ -72,7 +73,7 @@ class Lean:
             return None
         try:
             return Windows(
-                self.network, lambda module: isinstance(module, _BatchNorm) and _is_affine(module), self.precision
+                self.network, lambda module: isinstance(vars(module).get("forward"), _Affine), self.precision
             )
         except Untraceable:
             return None
@@ -115,45 +116,6 @@ def _scale_and_shift(norm: _BatchNorm) -> tuple[Tensor, Tensor]:
     return scale, shift if norm.bias is None else shift + norm.bias.detach().double()
 
 
-def _fold_norms(network: nn.Module) -> None:
-    """Let convolutions do what the norms behind them do, where a trace shows that nobody else has to do with either."""
-    try:
-        nodes, module_of, _ = traced(network)
-    except Untraceable:
-        return
-    times = Counter(module_of.values())
-    read = {str(node.target).rpartition(".")[0] for node in nodes if node.op == "get_attr"}
-    for node, norm in module_of.items():
-        before = node.all_input_nodes[0] if node.all_input_nodes else node
-        if not isinstance(norm, _BatchNorm) or before not in module_of:
-            continue
-        convolution = module_of[before]
-        alone = times[norm] == times[convolution] == len(before.users) == 1
-        unread = read.isdisjoint([str(before.target), str(node.target)])
-        if alone and unread and _is_affine(norm) and _is_plain(convolution):
-            _fold(convolution, norm)
-            norm.forward = _nothing  # type: ignore[method-assign]
-
-
-def _is_plain(module: nn.Module) -> bool:
-    return type(module) in CONVOLUTIONS and not is_hooked(module)
-
-
-def _nothing(input: Tensor) -> Tensor:
-    return input
-
-
-def _fold(convolution: nn.Module, norm: _BatchNorm) -> None:
-    weight, bias = convolution.weight, convolution.bias
-    assert isinstance(weight, Tensor)
-    scale, shift = _scale_and_shift(norm)
-    if isinstance(bias, Tensor):
-        shift = shift + bias.double() * scale
-    scale = scale.view(-1, *[1] * (weight.ndim - 1))
-    convolution.weight = nn.Parameter((weight.double() * scale).to(weight.dtype), requires_grad=False)
-    convolution.bias = nn.Parameter(shift.to(weight.dtype), requires_grad=False)
-
-
 def _simplify_norms(network: nn.Module) -> None:
     """Only the forward of a norm changes, so that whoever reads its numbers finds them."""
     for norm in network.modules():
@@ -162,7 +124,7 @@ def _simplify_norms(network: nn.Module) -> None:
 
 
 def _is_affine(norm: _BatchNorm) -> bool:
-    return type(norm) in NORMS and norm.running_mean is not None and not is_hooked(norm)
+    return type(norm) in NORMS and norm.running_mean is not None and not is_changed(norm)
 
 
 def _lay_out(network: nn.Module, dtype: torch.dtype | None) -> None:

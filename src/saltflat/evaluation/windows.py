@@ -15,6 +15,7 @@ whatever else a network does is done on the whole.
 
 from __future__ import annotations
 
+import copy
 import math
 import operator
 from collections.abc import Callable, Mapping
@@ -76,35 +77,15 @@ class _Tracer(fx.Tracer):
         return isinstance(m, Normalise) or super().is_leaf_module(m, module_qualified_name)
 
 
-class Trace(NamedTuple):
-    """What a network does, in order; which modules it calls; and the whole that names refer to."""
-
-    nodes: list[fx.Node]
-    modules: dict[fx.Node, nn.Module]
-    root: nn.Module
-
-
-def traced(network: nn.Module) -> Trace:
-    """Of a forward with one argument, and defaults for all others. Raises Untraceable."""
-    root = nn.Sequential(network)  # which calls it as everybody does
-    try:
-        nodes = list(_Tracer().trace(root).nodes)
-    except Exception as error:  # whatever somebody's forward does when it is given no numbers
-        raise Untraceable(str(error)) from error
-    return Trace(
-        nodes, {node: root.get_submodule(str(node.target)) for node in nodes if node.op == "call_module"}, root
-    )
-
-
 class Windows:
     """A network in eval mode, without gradients, asked about images of which windows change.
 
     Args:
-        network: its weights are read whenever it is asked.
+        network: any; it is not changed. What it computes from its weights alone is computed once for each `near`.
         pointwise: which modules, other than torch's own, act on every number of a channel alike, wherever it stands.
         context: in which the network runs, such as autocast.
 
-    Raises Untraceable where there is no trace of its forward.
+    Raises Untraceable where there is no trace of its forward, or none that holds all of it.
 
     >>> layers = nn.Conv2d(1, 32, 3, padding=1), nn.ReLU(), nn.Conv2d(32, 32, 3, padding=1), nn.Flatten()
     >>> network, x = nn.Sequential(*layers, nn.Linear(32 * 32 * 32, 2)).eval(), torch.rand(8, 1, 32, 32)
@@ -121,31 +102,53 @@ class Windows:
         pointwise: Callable[[nn.Module], bool] = lambda module: False,
         context: Callable[[], AbstractContextManager[object]] = nullcontext,
     ) -> None:
-        if is_hooked(network):
+        if is_changed(network):
             raise Untraceable("a trace does not hold the hooks of the whole")
-        self.nodes, self.modules, self.root = traced(network)
-        self.context = context
+        try:
+            own = {id(tensor): tensor for tensor in (*network.parameters(), *network.buffers())}
+            # a copy, of the same tensors, since a forward may remember what it is traced with
+            self.root = nn.Sequential(copy.deepcopy(network, own))  # which gives one argument, as everybody does
+            self.nodes = list(_Tracer().trace(self.root).nodes)
+        except Exception as error:  # whatever somebody's forward does when it is given no numbers
+            raise Untraceable(str(error)) from error
+        self.network, self.context = network, context
+        self.modules = {
+            node: self.root.get_submodule(str(node.target)) for node in self.nodes if node.op == "call_module"
+        }
         self.convolutions = {node: module for node, module in self.modules.items() if _is_plain(module)}
         self.pointwise = {node for node in self.nodes if self._is_pointwise(node, pointwise)}
         self.calls = {node: self._call(node) for node in self.nodes}
 
     def near(self, x: Tensor, height: int, width: int) -> Near | None:
-        """Around the images x (N, C, H, W), for windows of this size; None where little would be gained."""
+        """Around the images x (N, C, H, W), for windows of this size; None where little would be gained, and where the
+        network turns out to be more than its trace.
+        """
+        try:
+            with torch.no_grad(), self.context():
+                plan = self._plan(x[:2], len(x), height, width)
+                if plan is None:
+                    return None
+                near = Near(self, plan, x)
+                new, y = 1 - x[:, :, :height, :width], x.clone()
+                y[:, :, :height, :width] = new
+                z, answer = near.ask(new, torch.zeros(len(x), dtype=torch.int64)), self.network(y)
+                agree = z.shape == answer.shape and (z - answer).abs().max() <= 1e-3 * answer.abs().max()
+        except Exception:  # of a trace or of patches; as usual, somebody's forward may do without
+            return None
+        return near if agree else None
+
+    def _plan(self, x: Tensor, n: int, height: int, width: int) -> _Plan | None:
+        """For n images like these."""
         values: dict[fx.Node, Any] = {}
         versions = {}
-        with torch.no_grad(), self.context():
-            for node in self.nodes:
-                values[node] = x if node.op == "placeholder" else self.calls[node](values)
-                versions[node] = _version(values[node])
-            if not _alike(
-                values[self.nodes[-1]], self.root(x)
-            ):  # it draws numbers, or goes by what is not in the trace
-                return None
-        plan = _plan(self, values, height, width)
+        for node in self.nodes:
+            values[node] = x if node.op == "placeholder" else self.calls[node](values)
+            versions[node] = _version(values[node])
+        plan = _plan(self, values, n, height, width)
         written_over = {node for node, value in values.items() if _version(value) != versions[node]}
         if plan is None or any(node in plan.rings or node.op == "placeholder" for node in written_over):
             return None  # what is kept has to be what was read
-        return Near(self, plan, values)
+        return plan
 
     def _call(self, node: fx.Node) -> Call:
         target = str(node.target)
@@ -172,7 +175,7 @@ class Windows:
         module = self.modules.get(node)
         if module is not None:
             still = type(module) in DROPOUT and not module.training
-            return not is_hooked(module) and (type(module) in POINTWISE_MODULES or still or known(module))
+            return known(module) or (not is_changed(module) and (type(module) in POINTWISE_MODULES or still))
         if node.op == "call_method":
             return node.target in POINTWISE_METHODS
         return node.target in POINTWISE_FUNCTIONS or (
@@ -183,18 +186,27 @@ class Windows:
 class Near:
     """The network around some images, of which the next ones differ in a window; made by `Windows.near`."""
 
-    def __init__(self, windows: Windows, plan: _Plan, values: Mapping[fx.Node, Any]) -> None:
+    def __init__(self, windows: Windows, plan: _Plan, x: Tensor) -> None:
         self.windows, self.plan = windows, plan
-        self.unchanged = {node: value for node, value in values.items() if node not in plan.changed}
-        self.kept = {node: _Kept(values[node], plan.patches[node], ring) for node, ring in plan.rings.items()}
+        self.unchanged: dict[fx.Node, Any] = {}
+        self.kept: dict[fx.Node, _Kept] = {}
+        values: dict[fx.Node, Any] = {}
+        for node in windows.nodes:
+            values[node] = x if node.op == "placeholder" else windows.calls[node](values)
+            if node in plan.rings:
+                self.kept[node] = _Kept(values[node], plan.patches[node], plan.rings[node])
+            if node not in plan.changed:
+                self.unchanged[node] = values[node]
+            for done in plan.done.get(node, ()):
+                del values[done]
         self.indices = {
-            (node, before): self.kept[before].index(region).to(self.kept[before].slots.device)
+            (node, before): self.kept[before].index(region)
             for node, cuts in plan.cuts.items()
             for before, region in cuts.items()
         }
         self.place = torch.empty(0, dtype=torch.int64)
         self.steps = [
-            (node, node.all_input_nodes, self._call(node), self.kept.get(node))
+            (node, node.all_input_nodes, self._call(node), self.kept.get(node), plan.done.get(node, ()))
             for node in windows.nodes
             if node in plan.changed
         ]
@@ -203,15 +215,18 @@ class Near:
         """Logits (N, K) of the images with the windows new (N, C, height, width) in them, whose first pixels are
         `corner`, (N,), counted line by line.
         """
-        plan, values, value = self.plan, dict(self.unchanged), new
+        plan, values = self.plan, dict(self.unchanged)
         self.place = corner - corner // plan.width * (plan.width - plan.columns)  # of the window's, line by line
         with torch.no_grad(), self.windows.context():
-            for node, inputs, call, kept in self.steps:
+            for node, inputs, call, kept, done in self.steps:
                 value = call({before: self._taken(node, before, values) for before in inputs}) if inputs else new
                 values[node] = value
                 if kept is not None:
                     kept.put(value)
-        return value
+                for other in done:
+                    del values[other]
+        z: Tensor = values[self.windows.nodes[-1]]
+        return z
 
     def _call(self, node: fx.Node) -> Call:
         if node in self.plan.patches and node in self.windows.convolutions:
@@ -253,8 +268,9 @@ class _Kept:
         ringed = F.pad(value, (ring, ring, ring, ring)).permute(0, 2, 3, 1).flatten(1, 2)
         self.slots = ringed.new_zeros(len(value), self.area + patch.height * patch.width, value.shape[1])
         self.slots[:, : self.area] = ringed
-        self.home = self._places(patch).to(value.device)
-        self.rows = torch.arange(len(value), device=value.device)[:, None]
+        self.home = self._places(patch)
+        self.rows = torch.arange(len(value))[:, None]
+        self.lies_by_row = value.is_contiguous()
 
     def _places(self, region: _Region) -> Tensor:
         """(window's places, height width): where the numbers of a region are in the map."""
@@ -289,7 +305,8 @@ class _Kept:
         numbers.view(-1, channels).index_copy_(0, index.flatten(), self.slots[:, self.area :].reshape(-1, channels))
         ringed = numbers.view(n, self.height + 2 * self.ring, self.stride, channels)
         inner = ringed[:, self.ring : self.ring + self.height, self.ring : self.ring + self.width]
-        return inner.permute(0, 3, 1, 2)
+        inner = inner.permute(0, 3, 1, 2)
+        return inner.contiguous() if self.lies_by_row else inner  # there are views of that only
 
     def settle(self, rows: Tensor, place: Tensor) -> None:
         self.slots[rows[:, None], self.home[place]] = self.slots[rows, self.area :]
@@ -350,6 +367,7 @@ class _Plan(NamedTuple):
         patches: those of which a patch is computed, and its region.
         cuts: by node and node before it, the region that is taken of that, where it is not its patch.
         rings: nodes whose maps are kept, and how wide the ring of zeros around them is.
+        done: by node, the changed ones that are not needed after it.
     """
 
     width: int
@@ -358,9 +376,10 @@ class _Plan(NamedTuple):
     patches: dict[fx.Node, _Region]
     cuts: dict[fx.Node, dict[fx.Node, _Region]]
     rings: dict[fx.Node, int]
+    done: dict[fx.Node, list[fx.Node]]
 
 
-def _plan(windows: Windows, values: Mapping[fx.Node, Any], height: int, width: int) -> _Plan | None:
+def _plan(windows: Windows, values: Mapping[fx.Node, Any], n: int, height: int, width: int) -> _Plan | None:
     reached: dict[fx.Node, Reaches] = {}
     changed: set[fx.Node] = set()
     image_width, columns, usual, left = 0, 0, 0.0, 0.0
@@ -383,14 +402,16 @@ def _plan(windows: Windows, values: Mapping[fx.Node, Any], height: int, width: i
     patches = {
         node: _Region(rows.start, across.start, rows.size, across.size) for node, (rows, across) in reached.items()
     }
-    plan = _Plan(image_width, columns, changed, patches, {}, {})
+    plan = _Plan(image_width, columns, changed, patches, {}, {}, {})
     for node in windows.nodes:
         for other in node.all_input_nodes:
             if other in patches:
                 _demand(windows, plan, node, other)
-    n = len(next(iter(values.values())))
-    pays = left <= WORTH * usual and n * (usual - left) >= OVERHEAD * len(plan.rings)
-    return plan if pays and _bytes(plan, values) <= BYTES else None
+    last_users = {other: node for node in windows.nodes for other in node.all_input_nodes if other in changed}
+    for other, node in last_users.items():
+        plan.done.setdefault(node, []).append(other)
+    pays = 0 < left <= WORTH * usual and n * (usual - left) >= OVERHEAD * len(plan.rings)
+    return plan if pays and _bytes(plan, values, n) <= BYTES else None
 
 
 def _of_window(x: Tensor, height: int, width: int) -> Reaches:
@@ -468,16 +489,16 @@ def _padding(module: nn.Conv2d) -> tuple[int, int]:
 def _is_plain(module: nn.Module) -> TypeGuard[nn.Conv2d]:
     return (
         type(module) is nn.Conv2d
-        and not is_hooked(module)
+        and not is_changed(module)
         and module.padding_mode == "zeros"
         and not isinstance(module.padding, str)
     )
 
 
-def is_hooked(module: nn.Module) -> bool:
-    """It may compute something else than its forward says."""
+def is_changed(module: nn.Module) -> bool:
+    """It may compute something else than its class says."""
     hooks = module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks
-    return any(hooks)
+    return any(hooks) or not vars(module).keys().isdisjoint(("forward", "_conv_forward"))
 
 
 def _is_by_channel(value: Any) -> bool:
@@ -495,18 +516,13 @@ def _multiplications(module: nn.Module | None, value: Any) -> float:
     return 0.0
 
 
-def _bytes(plan: _Plan, values: Mapping[fx.Node, Any]) -> float:
-    """Of maps and of indices into them."""
+def _bytes(plan: _Plan, values: Mapping[fx.Node, Any], n: int) -> float:
+    """Of n maps each, and of indices into them."""
     places = max(len(region.top) for region in plan.patches.values()) * plan.columns
-    maps = sum(values[node].numel() * values[node].element_size() for node in plan.rings)
-    cut = [region for cuts in plan.cuts.values() for region in cuts.values()]
-    return float(maps + 8 * places * sum(region.height * region.width for region in [*cut, *plan.patches.values()]))
-
-
-def _alike(z: Any, answer: Any) -> bool:
-    if not isinstance(z, Tensor) or not isinstance(answer, Tensor) or z.shape != answer.shape:
-        return False
-    return bool((z - answer).abs().max() <= 1e-3 * answer.abs().max())
+    maps = sum(n * values[node][0].numel() * values[node].element_size() for node in plan.rings)
+    regions = [region for cuts in plan.cuts.values() for region in cuts.values()]
+    regions += [plan.patches[node] for node in plan.rings]
+    return float(maps + 8 * places * sum(region.height * region.width for region in regions))
 
 
 def _itself(value: Any) -> Any:
