@@ -177,7 +177,7 @@ def test_weights_and_inputs_are_left_alone(ball):
 def test_without_a_gradient_a_row_stays_where_it_started():
     flat = lambda x: torch.stack([0 * x.sum(1) + 1, 0 * x.sum(1)], 1)
     x, y = torch.rand(3, 4), torch.zeros(3, dtype=torch.long)
-    trials = list(Restarted(PGD(L2(0.1, None), 0.05, 3))(flat, x, y))
+    trials = list(Restarted(PGD(L2(0.1), 0.05, 3))(flat, x, y))[:4]  # all but what is stretched
     assert all(torch.allclose(trial.x_adv, trials[0].x_adv) for trial in trials)
 
 

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from saltflat.evaluation.windows import Untraceable, Windows, is_changed
+from saltflat.evaluation.layers import Untraceable, is_changed
+from saltflat.evaluation.windows import Windows
 
 CAST = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)  # what autocast runs in lower precision
 HALF = (torch.bfloat16, torch.float16)

@@ -95,6 +95,7 @@ class Square:
             paints = _paints(window, canvas, count, s.x_adv, generator)
             s = s._replace(mass=move.mass(s))
             if now != side and windows is not None:
+                near = None  # before the next maps are kept
                 near = windows.near(s.x_adv.view(-1, *shape), window.height, window.width)
             side = now
             for t in range(count):
