@@ -1,0 +1,172 @@
+"""The robust loss as a function of the weights, to be measured, climbed or differentiated around w:
+
+    rho(w) = (1/n) sum_i  max_{x' in B(x_i)}  l(f_w(x'), y_i)
+
+It is handed out in shares, one closure per batch, whose *sum* is rho: what `perturbed`, `gradient` and every measure of
+this room take. A closure looks at the weights as they stand when it is called. What it maximises over x' with, and what
+it then returns, is the objective's pair of functions (cross-entropy for both in `AT`); the inner maximum is
+
+    afresh      attacked again, in full, every time a closure is called: rho itself
+    continued   taken up where it stood and attacked for a step or so more: for ascents in x' and w together
+    frozen      attacked once, at the weights of that moment, and kept: less than rho wherever w has moved
+
+The attack's starts belong to the examples and are the same at every call (common random numbers), so that rho is a
+function, and differences of it are differences of the weights. Gradients are those of Danskin's theorem: x' is held
+fixed in them.
+
+Sources: Wu, Xia, Wang, arXiv 2004.05884, section 3 (rho, and that x' is made afresh); Stutz, Hein, Schiele, arXiv
+2104.04448, section 3.2 (that kept examples underestimate).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from saltflat.inputs import PGD
+from saltflat.objectives import AT, Objective
+from saltflat.random import PerExample
+from saltflat.step import Mode, in_mode
+from saltflat.weights import Closure
+
+Losses = Sequence[Closure]
+
+
+def afresh(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    attack: PGD | None,
+    *,
+    objective: Objective | None = None,
+    batch_size: int = 256,
+    seed: int = 0,
+    ids: Tensor | None = None,
+    mode: Mode = "eval",
+) -> list[Closure]:
+    """rho in shares; each call of one attacks its batch in full.
+
+    Args:
+        model: looked at as it stands at each call.
+        x, y: (N, ...) in pixel units and (N,), on the model's device.
+        attack: the input adversary, `PGD(...)`; None measures the clean loss.
+        objective: what the attack maximises, and what is returned; default `AT()`, cross-entropy in nats.
+        batch_size: examples a closure; with `AT` it changes no value but by rounding.
+        seed, ids: of the starts: row i draws from (seed, ids[i]); ids default to 0 ... N - 1.
+        mode: of the model, in the attack and after it; with "train" BatchNorm sees batch statistics, and its running
+            ones move, which `perturbed` and `gradient` undo.
+
+    Returns: closures () -> scalar with a graph to the weights; their sum is the mean over all N.
+
+    >>> from saltflat import Linf
+    >>> model, x, y = nn.Linear(4, 2), torch.rand(6, 4), torch.arange(6) % 2
+    >>> losses = afresh(model, x, y, PGD(Linf(0.1), 0.05, 4), batch_size=4)
+    >>> len(losses), total(losses) > total(afresh(model, x, y, None))
+    (2, True)
+    """
+
+    def share(rows: Tensor, names: Tensor) -> Closure:
+        def loss() -> Tensor:
+            with in_mode(model, mode):
+                x_adv = _attacked(model, of, attack, x[rows], y[rows], PerExample(seed, names), None)
+                return of.outer(model, x[rows], x_adv, y[rows]) * (len(rows) / len(x))
+
+        return loss
+
+    of = AT() if objective is None else objective
+    return [share(rows, names) for rows, names in _batches(x, batch_size, ids)]
+
+
+def continued(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    attack: PGD,
+    *,
+    objective: Objective | None = None,
+    batch_size: int = 256,
+    seed: int = 0,
+    ids: Tensor | None = None,
+    mode: Mode = "eval",
+    steps: int = 1,
+) -> list[Closure]:
+    """The same shares, but each closure keeps its x' and every call takes it `steps` steps of the attack further: joint
+    ascent, when whoever calls climbs in w. x' begins at the attack's start.
+
+    Arguments and what comes back: as in `afresh`.
+    """
+
+    def share(rows: Tensor, names: Tensor) -> Closure:
+        x_adv: Tensor | None = None
+
+        def loss() -> Tensor:
+            nonlocal x_adv
+            with in_mode(model, mode):
+                x_adv = _attacked(model, of, some, x[rows], y[rows], PerExample(seed, names), x_adv)
+                return of.outer(model, x[rows], x_adv, y[rows]) * (len(rows) / len(x))
+
+        return loss
+
+    of, some = AT() if objective is None else objective, replace(attack, steps=steps)
+    return [share(rows, names) for rows, names in _batches(x, batch_size, ids)]
+
+
+def frozen(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    attack: PGD | None,
+    *,
+    objective: Objective | None = None,
+    batch_size: int = 256,
+    seed: int = 0,
+    ids: Tensor | None = None,
+    mode: Mode = "eval",
+) -> list[Closure]:
+    """The same shares at examples that are attacked now, at the weights as they stand, and kept: differentiable twice,
+    cheap, and less than rho away from these weights.
+
+    Arguments and what comes back: as in `afresh`.
+    """
+
+    def share(rows: Tensor, names: Tensor) -> Closure:
+        with in_mode(model, mode):
+            x_adv = _attacked(model, of, attack, x[rows], y[rows], PerExample(seed, names), None)
+
+        def loss() -> Tensor:
+            with in_mode(model, mode):
+                return of.outer(model, x[rows], x_adv, y[rows]) * (len(rows) / len(x))
+
+        return loss
+
+    of = AT() if objective is None else objective
+    return [share(rows, names) for rows, names in _batches(x, batch_size, ids)]
+
+
+def total(losses: Losses) -> float:
+    """rho at the weights as they stand: the sum of all shares, without a graph."""
+    with torch.no_grad():
+        return sum(loss().double().item() for loss in losses)
+
+
+def _attacked(
+    model: nn.Module,
+    objective: Objective,
+    attack: PGD | None,
+    x: Tensor,
+    y: Tensor,
+    generator: PerExample,
+    start: Tensor | None,
+) -> Tensor:
+    return x if attack is None else attack(objective.inner(model, x, y), x, start=start, generator=generator)
+
+
+def _batches(x: Tensor, batch_size: int, ids: Tensor | None) -> list[tuple[Tensor, Tensor]]:
+    """Rows of each batch, and the ids that their draws belong to."""
+    if batch_size < 1:
+        raise ValueError(f"batch_size: expected an integer >= 1, got {batch_size!r}")
+    names = torch.arange(len(x)) if ids is None else ids
+    return [(rows, names[rows]) for rows in torch.split(torch.arange(len(x)), batch_size)]
