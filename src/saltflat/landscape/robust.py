@@ -21,7 +21,8 @@ Sources: Wu, Xia, Wang, arXiv 2004.05884, section 3 (rho, and that x' is made af
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -68,16 +69,8 @@ def afresh(
     (2, True)
     """
 
-    def share(rows: Tensor, names: Tensor) -> Closure:
-        def loss() -> Tensor:
-            with in_mode(model, mode):
-                x_adv = _attacked(model, of, attack, x[rows], y[rows], PerExample(seed, names), None)
-                return of.outer(model, x[rows], x_adv, y[rows]) * (len(rows) / len(x))
-
-        return loss
-
-    of = AT() if objective is None else objective
-    return [share(rows, names) for rows, names in _batches(x, batch_size, ids)]
+    batches = _batches(model, x, y, attack, objective, batch_size, seed, ids, mode)
+    return [batch.afresh for batch in batches]
 
 
 def continued(
@@ -99,19 +92,18 @@ def continued(
     Arguments and what comes back: as in `afresh`.
     """
 
-    def share(rows: Tensor, names: Tensor) -> Closure:
+    def going_on(batch: _Batch) -> Closure:
         x_adv: Tensor | None = None
 
         def loss() -> Tensor:
             nonlocal x_adv
-            with in_mode(model, mode):
-                x_adv = _attacked(model, of, some, x[rows], y[rows], PerExample(seed, names), x_adv)
-                return of.outer(model, x[rows], x_adv, y[rows]) * (len(rows) / len(x))
+            x_adv = batch.attacked(x_adv)
+            return batch.loss(x_adv)
 
         return loss
 
-    of, some = AT() if objective is None else objective, replace(attack, steps=steps)
-    return [share(rows, names) for rows, names in _batches(x, batch_size, ids)]
+    some = replace(attack, steps=steps)
+    return [going_on(batch) for batch in _batches(model, x, y, some, objective, batch_size, seed, ids, mode)]
 
 
 def frozen(
@@ -132,18 +124,8 @@ def frozen(
     Arguments and what comes back: as in `afresh`.
     """
 
-    def share(rows: Tensor, names: Tensor) -> Closure:
-        with in_mode(model, mode):
-            x_adv = _attacked(model, of, attack, x[rows], y[rows], PerExample(seed, names), None)
-
-        def loss() -> Tensor:
-            with in_mode(model, mode):
-                return of.outer(model, x[rows], x_adv, y[rows]) * (len(rows) / len(x))
-
-        return loss
-
-    of = AT() if objective is None else objective
-    return [share(rows, names) for rows, names in _batches(x, batch_size, ids)]
+    batches = _batches(model, x, y, attack, objective, batch_size, seed, ids, mode)
+    return [partial(batch.loss, batch.attacked()) for batch in batches]
 
 
 def total(losses: Losses) -> float:
@@ -152,21 +134,53 @@ def total(losses: Losses) -> float:
         return sum(loss().double().item() for loss in losses)
 
 
-def _attacked(
+@dataclass(frozen=True, eq=False)
+class _Batch:
+    """One batch of n examples out of N, and what is asked about it; `share` is n / N."""
+
+    model: nn.Module
+    objective: Objective
+    attack: PGD | None
+    x: Tensor
+    y: Tensor
+    seed: int
+    ids: Tensor
+    mode: Mode
+    share: float
+
+    def attacked(self, start: Tensor | None = None) -> Tensor:
+        """x' at the weights as they stand; from `start`, or from the attack's own draw."""
+        if self.attack is None:
+            return self.x
+        with in_mode(self.model, self.mode):
+            f = self.objective.inner(self.model, self.x, self.y)
+            return self.attack(f, self.x, start=start, generator=PerExample(self.seed, self.ids))
+
+    def afresh(self) -> Tensor:
+        return self.loss(self.attacked())
+
+    def loss(self, x_adv: Tensor) -> Tensor:
+        with in_mode(self.model, self.mode):
+            return self.objective.outer(self.model, self.x, x_adv, self.y) * self.share
+
+
+def _batches(
     model: nn.Module,
-    objective: Objective,
-    attack: PGD | None,
     x: Tensor,
     y: Tensor,
-    generator: PerExample,
-    start: Tensor | None,
-) -> Tensor:
-    return x if attack is None else attack(objective.inner(model, x, y), x, start=start, generator=generator)
-
-
-def _batches(x: Tensor, batch_size: int, ids: Tensor | None) -> list[tuple[Tensor, Tensor]]:
-    """Rows of each batch, and the ids that their draws belong to."""
+    attack: PGD | None,
+    objective: Objective | None,
+    batch_size: int,
+    seed: int,
+    ids: Tensor | None,
+    mode: Mode,
+) -> list[_Batch]:
     if batch_size < 1:
         raise ValueError(f"batch_size: expected an integer >= 1, got {batch_size!r}")
-    names = torch.arange(len(x)) if ids is None else ids
-    return [(rows, names[rows]) for rows in torch.split(torch.arange(len(x)), batch_size)]
+    if not len(x) == len(y) > 0:
+        raise ValueError(f"y: expected as many labels as images, and some, got {len(y)} for {len(x)}")
+    ids, of = torch.arange(len(x)) if ids is None else ids, AT() if objective is None else objective
+    return [
+        _Batch(model, of, attack, x[rows], y[rows], seed, ids[rows], mode, len(rows) / len(x))
+        for rows in torch.split(torch.arange(len(x)), batch_size)
+    ]

@@ -28,14 +28,6 @@ from matplotlib.ticker import MaxNLocator
 
 from saltflat.lab.report.curves import GroupCurves, GroupLandscape, SeedCurves, mean_and_deviation, mean_curves
 
-INK, MUTED, GRID = "#1d2226", "#5d6770", "#e3e5e4"
-SERIES = ("#0a68a6", "#b84d00", "#00785a", "#9c4a80", "#7a6400", "#4a5058")
-DASHES: tuple[Any, ...] = ("-", (0, (6, 2)), (0, (2, 1.4)), (0, (7, 2, 2, 2)), (0, (10, 3)), (0, (1, 1)))
-VARIABLES = {INK: "--figure-ink", MUTED: "--figure-muted", GRID: "--figure-grid"} | {
-    colour: f"--series-{index}" for index, colour in enumerate(SERIES, 1)
-}
-WIDTH, HEIGHT = 460.0, 340.0  # of one panel, in CSS pixels when shown at its natural size
-SMALL, TEXT, HEADING = 11.5, 12.5, 14.5  # pixels
 
 
 def learning_curves(group: GroupCurves, *, among: Sequence[GroupCurves], identity: str, description: str) -> str:
@@ -43,12 +35,12 @@ def learning_curves(group: GroupCurves, *, among: Sequence[GroupCurves], identit
 
     The axes hold every curve of the groups that it is shown `among`, so that panels can be compared by eye.
     """
-    with _drawing(identity):
-        figure, axes = _panel(group.name, group.note, series=group.series, right=102)
+    with drawing(identity):
+        figure, axes = panel(group.name, group.note, series=group.series, right=102)
         _share_axes(axes, [seed for other in among for seed in other.seeds])
         axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True, min_n_ticks=1))
         axes.set_xlabel("epoch")
-        colour = _colour(group.series)
+        colour = colour(group.series)
         for seed in group.seeds:
             _thin_lines(axes, seed, colour)
         epochs, (train, test, clean) = mean_curves(group.seeds)
@@ -61,17 +53,17 @@ def learning_curves(group: GroupCurves, *, among: Sequence[GroupCurves], identit
             lines = (("clean test", clean, MUTED), ("robust train", train, colour), ("robust test", test, colour))
             ends = [(text, float(line[-1]), ink) for text, line, ink in lines if np.isfinite(line[-1])]
             _label_ends(axes, float(epochs[-1]), ends)
-        return _svg(figure, identity, description)
+        return svg(figure, identity, description)
 
 
 def landscape(groups: Sequence[GroupLandscape], *, centred: bool, note: str, identity: str, description: str) -> str:
     """The loss along random directions, averaged over directions and seeds, with a band of one standard deviation."""
-    with _drawing(identity):
+    with drawing(identity):
         title, quantity = ("Centred", "g(α) − g(0)") if centred else ("As measured", "g(α)")
-        figure, axes = _panel(title, f"{quantity} in nats · {note}", right=14, legend_rows=len(groups))
+        figure, axes = panel(title, f"{quantity} in nats · {note}", right=14, legend_rows=len(groups))
         handles = []
         for group in groups:
-            colour, dash = _colour(group.series), DASHES[group.series % len(DASHES)]
+            colour, dash = colour(group.series), DASHES[group.series % len(DASHES)]
             curves = group.centred if centred else group.curves
             mean, deviation = mean_and_deviation(curves)
             if len(curves) > 1:
@@ -81,8 +73,8 @@ def landscape(groups: Sequence[GroupLandscape], *, centred: bool, note: str, ide
         axes.axvline(0.0, color=MUTED, linewidth=0.8, zorder=1)
         axes.set_xlim(min(group.alphas.min() for group in groups), max(group.alphas.max() for group in groups))
         axes.set_xlabel("α, in lengths of the normalised direction")
-        _legend(axes, handles, [f"{shortened(group.name, 34)} · {group.origin}" for group in groups])
-        return _svg(figure, identity, description)
+        legend(axes, handles, [f"{shortened(group.name, 34)} · {group.origin}" for group in groups])
+        return svg(figure, identity, description)
 
 
 def _thin_lines(axes: Axes, seed: SeedCurves, colour: str) -> None:
@@ -138,98 +130,3 @@ def spread_apart(values: Sequence[float], *, least: float, low: float, high: flo
         places[index] = min(places[index], ceiling)
         ceiling = places[index] - least
     return places
-
-
-def _panel(
-    title: str, note: str, *, right: float, series: int | None = None, legend_rows: int = 0
-) -> tuple[Figure, Axes]:
-    """Quiet axes under a title, a note and room for a legend; margins in pixels, the same in every panel of a kind."""
-    legend = 18 * legend_rows + (8 if legend_rows else 0)
-    top, left, bottom = 56 + legend, 44, 46
-    height = HEIGHT + legend
-    figure = Figure(figsize=(WIDTH / 72, height / 72), facecolor="none", dpi=72)
-    box = (left / WIDTH, bottom / height, (WIDTH - left - right) / WIDTH, (height - top - bottom) / height)
-    axes = figure.add_axes(box, facecolor="none")
-    axes.grid(axis="y", color=GRID, linewidth=1.0)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right", "left"]].set_visible(False)
-    axes.spines["bottom"].set_color(MUTED)
-    axes.tick_params(colors=MUTED, labelsize=SMALL, width=0.8, length=4)
-    axes.tick_params(axis="y", length=0, pad=6)
-    axes.yaxis.set_major_locator(MaxNLocator(nbins=6, steps=[1, 2, 5, 10]))
-    axes.xaxis.label.set(color=MUTED, fontsize=SMALL)
-    colour = INK if series is None else _colour(series)
-    figure.text(4 / WIDTH, 1 - 18 / height, shortened(title, 46), fontsize=HEADING, fontweight="bold", color=colour)
-    figure.text(4 / WIDTH, 1 - 37 / height, shortened(note, 90), fontsize=SMALL, color=MUTED)
-    return figure, axes
-
-
-def _legend(axes: Axes, handles: list[Line2D], texts: list[str]) -> None:
-    legend = axes.legend(
-        handles,
-        [str(index) for index in range(len(handles))],  # a label that starts with "_" would be left out
-        loc="lower left",
-        bbox_to_anchor=(4 / WIDTH, axes.get_position().y1 + 0.035),
-        bbox_transform=axes.figure.transFigure,
-        frameon=False,
-        fontsize=TEXT,
-        handlelength=2.6,
-        labelspacing=0.35,
-        borderpad=0.0,
-        borderaxespad=0.0,
-    )
-    for entry, text in zip(legend.get_texts(), texts, strict=True):
-        entry.set(text=text, color=INK)
-
-
-def _colour(series: int) -> str:
-    return SERIES[series % len(SERIES)]
-
-
-def shortened(text: str, most: int) -> str:
-    """One printable line: control characters cannot stand in XML, and a long name would leave the figure."""
-    line = "".join(sign if sign.isprintable() else " " if sign.isspace() else "\ufffd" for sign in text)
-    return line if len(line) <= most else line[: most - 1] + "…"
-
-
-@contextmanager
-def _drawing(identity: str) -> Iterator[None]:
-    """matplotlib's own defaults, whatever the user's matplotlibrc says; names are never read as formulas."""
-    if not re.fullmatch(r"[a-z][a-z0-9-]*", identity):
-        raise ValueError(f"identity must be lower-case letters, digits and dashes, got {identity!r}")
-    with matplotlib.rc_context(), warnings.catch_warnings():
-        matplotlib.rcdefaults()
-        matplotlib.rcParams.update(
-            {"svg.fonttype": "none", "svg.hashsalt": identity, "text.parse_math": False, "text.color": INK}
-        )
-        # The reader's browser chooses the font, so a sign that matplotlib's font lacks is no fault.
-        warnings.filterwarnings("ignore", message="Glyph .* missing from", category=UserWarning)
-        yield
-
-
-def _svg(figure: Figure, identity: str, description: str) -> str:
-    buffer = io.StringIO()
-    canvas = FigureCanvasSVG(figure)
-    canvas.print_svg(buffer, metadata={"Date": None, "Creator": None, "Format": None, "Type": None})  # type: ignore[no-untyped-call]
-    drawn = buffer.getvalue()
-    body = drawn[drawn.index(">", drawn.index("<svg")) + 1 :]
-    # The style element would restyle the whole page that the figure stands in.
-    body = re.sub(r"<!--.*?-->|<style.*?</style>", "", body, flags=re.DOTALL)
-    width, height = (72 * inches for inches in figure.get_size_inches())
-    opening = (
-        f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
-        f'viewBox="0 0 {width:g} {height:g}" width="{width:g}" height="{height:g}" id="{identity}" role="img" '
-        f'aria-label={quoteattr(shortened(description, 1000))} style="stroke-linejoin: round; stroke-linecap: butt">'
-    )
-    # Inside text, matplotlib escapes < and >, so that only real tags are rewritten.
-    return opening + re.sub(r"<[^>]*>", lambda tag: _rewritten(tag.group(), identity), body).strip()
-
-
-def _rewritten(tag: str, identity: str) -> str:
-    tag = re.sub(r'\b(id="|href="#|url\(#)', rf"\g<1>{identity}-", tag)
-    tag = re.sub(r"font-family: [^;\"]*", "font-family: var(--figure-font, sans-serif)", tag)
-    return re.sub(
-        r"(fill|stroke): (#[0-9a-f]{6})\b",
-        lambda match: f"{match[1]}: var({VARIABLES[match[2]]}, {match[2]})" if match[2] in VARIABLES else match[0],
-        tag,
-    )
