@@ -2,6 +2,8 @@
 
 from saltflat.evaluation.accuracy import (
     Outcomes,
+    answers,
+    attacked,
     carlini_wagner,
     collect,
     cross_entropy,
@@ -30,6 +32,8 @@ __all__ = [
     "TargetedFAB",
     "TargetedSparseAPGD",
     "Trial",
+    "answers",
+    "attacked",
     "carlini_wagner",
     "collect",
     "cross_entropy",

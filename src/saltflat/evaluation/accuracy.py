@@ -97,12 +97,35 @@ def outcomes_by_batch(
     for rows in torch.split(torch.arange(len(data)), batch_size):
         x = to_float(data.images[rows].to(parameter.device), parameter.dtype)
         y = data.labels[rows].to(parameter.device)
-        with in_mode(model, "eval"):
-            if attack is not None:
-                x = attack(inner(model, x, y), x, generator=PerExample(seed, rows))
-            with torch.no_grad():
-                logits = model(x)
-        yield Outcomes(ce(logits, y).cpu(), (logits.argmax(1) == y).cpu())
+        x_adv = attacked(model, x, y, attack, inner=inner, seed=seed, ids=rows)
+        yield answers(model, x_adv, y)
+
+
+def attacked(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    attack: PGD | None,
+    *,
+    inner: Inner = cross_entropy,
+    seed: int = 0,
+    ids: Tensor | None = None,
+) -> Tensor:
+    """One batch x (N, ...) in pixel units, attacked in eval mode; x itself if `attack` is None. Row i's start is drawn
+    from (seed, ids[i]); ids default to 0 ... N - 1.
+    """
+    if attack is None:
+        return x
+    with in_mode(model, "eval"):
+        names = torch.arange(len(x)) if ids is None else ids
+        return attack(inner(model, x, y), x, generator=PerExample(seed, names))
+
+
+def answers(model: nn.Module, x: Tensor, y: Tensor) -> Outcomes:
+    """What the model says of one batch as it is, in eval mode."""
+    with in_mode(model, "eval"), torch.no_grad():
+        logits = model(x)
+    return Outcomes(ce(logits, y).cpu(), (logits.argmax(1) == y).cpu())
 
 
 def collect(batches: Iterable[Outcomes]) -> Outcomes:

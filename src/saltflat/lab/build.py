@@ -129,11 +129,16 @@ def optimizer(config: Train, model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.SGD(model.parameters(), of.learning_rate, momentum=of.momentum, weight_decay=of.weight_decay)
 
 
-def objective(config: Train) -> Objective:
-    """The pair of losses."""
+def losses(config: Train) -> Objective:
+    """The pair of losses, as published."""
     beta = config.objective.beta
     by_name: dict[str, Objective] = {"natural": Natural(), "at": AT(), "trades": TRADES(beta), "mart": MART(beta)}
-    found = by_name[config.objective.name]
+    return by_name[config.objective.name]
+
+
+def objective(config: Train) -> Objective:
+    """The pair of losses, as training asks for it."""
+    found = losses(config)
     return CleanForwardToo(found) if config.optimizer.clean_forward == "inside" else found
 
 
@@ -185,12 +190,12 @@ def plan(config: Train) -> Plan:
     starts = {"uniform": uniform, "gaussian": gaussian(1e-3), "zero": zero}
     pgd = replace(trained_against(config.attack).pgd(config.attack.steps), start=starts[config.attack.start])
     attacker = FinalForwardToo(pgd) if config.attack.final_forward else pgd
-    losses = objective(config)
+    pair = objective(config)
     return Plan(
         epochs=of.epochs,
         batch_size=of.batch_size,
         learning_rate=warm_up(rate, of.warmup / of.epochs) if of.warmup else rate,
-        objective=lambda t: losses,
+        objective=lambda t: pair,
         attack=lambda t: None if config.objective.name == "natural" else attacker,
         ball=lambda t: Layerwise(gamma(t)) if gamma(t) > 0 else None,
         measure=trained_against(config.attack).pgd(config.evaluation.steps),

@@ -214,29 +214,40 @@ def export(
 def landscape(
     runs: Runs,
     checkpoint: str = "last",
+    dimensions: Literal[1, 2] = 1,
     reach: Positive = 1.0,
     points: Count = 21,
     directions: Count = 1,
+    direction: Literal["random", "adversarial"] = "random",
+    normalisation: Literal["filter", "layer"] = "filter",
     split: Split = "test",
     examples: CountOrZero = 512,
     steps: Count = 10,
+    own_loss: bool = False,
+    frozen: bool = False,
     batch_size: Count = 256,
     seed: CountOrZero = 0,
     data_path: Path | None = None,
     device: str = "auto",
     out: Path | None = None,
 ) -> Job:
-    """Measure the 1-D weight loss landscape of runs, attacking afresh at every point, and draw it into a report.
+    """Measure the weight loss landscape of runs, attacking afresh at every point, and draw it into a report; what was
+    interrupted goes on.
 
     Args:
-        runs: run folders.
-        checkpoint: best (on validation), or last.
-        reach: largest alpha, in units of the filter-normalised direction; the range is -reach ... reach.
+        runs: run folders, of one architecture.
+        checkpoint: best (on validation), last, or epoch-N where it was kept.
+        dimensions: 1, a line; 2, a plane of points x points.
+        reach: largest alpha, in units of the normalised direction; the range is -reach ... reach.
         points: alphas, an odd number, so that 0 is one of them.
-        directions: random directions, the same for all runs.
+        directions: random directions (1-D), the same for all runs; with several, the spread is shown.
+        direction: random, or adversarial: steepest ascent of each run's own robust loss at w (in 2-D, of the first).
+        normalisation: of the direction, to the norm of w's filters or layers.
         split: which images.
         examples: how many of them, stratified; 0 takes all.
         steps: of the PGD that attacks at each point; the rest of the threat model is the run's.
+        own_loss: measure the objective that each run was trained with beside cross-entropy.
+        frozen: attack once, at w, and keep the examples: quick, but too low away from w, and named so.
         batch_size: examples at a time.
         seed: of the first direction, and of the attacks' starts.
         data_path: where the runs' data are now; default where they were.
@@ -245,18 +256,26 @@ def landscape(
     """
     if points < 3 or points % 2 == 0:
         raise BadInput(f"points: expected an odd number >= 3, got {points}")
+    if directions > 1 and (direction == "adversarial" or dimensions == 2):
+        raise BadInput(f"directions: expected 1 unless they are random and 1-D, got {directions}")
 
     def job() -> None:
         from saltflat.lab import console, landscapes, subjects
 
-        half = points // 2
-        alphas = [reach * i / half for i in range(-half, half + 1)]
+        alphas = landscapes.symmetric(reach, points)
+        how = landscapes.How(
+            split, examples, steps, batch_size, seed, direction, normalisation, own_loss=own_loss, frozen=frozen
+        )
         opened = [
             subjects.from_run(run, checkpoint, device, None, data_path) for run in runs
         ]  # all are looked at before the first is measured
+        landscapes.check_alike(opened)
         for of in opened:
-            found = landscapes.landscape(of, alphas, directions, split, examples, steps, batch_size, seed)
-            console.say(f"{of.folder}: {landscapes.rise(found)}")
+            if dimensions == 1:
+                found = landscapes.line(of, alphas, directions, how)
+            else:
+                found = landscapes.plane(of, alphas, alphas, how)
+            console.say(f"{of.folder}: {landscapes.in_words(found)}")
         console.report([of.folder for of in opened], out)
 
     return job

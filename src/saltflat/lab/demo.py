@@ -14,12 +14,13 @@ from saltflat.lab import record, trainings
 from saltflat.lab.config import BadInput
 from saltflat.lab.console import report, say
 from saltflat.lab.evaluations import How, evaluation
-from saltflat.lab.landscapes import landscape
+from saltflat.lab.landscapes import How as Slice
+from saltflat.lab.landscapes import line, symmetric
 from saltflat.lab.recipes import RECIPES
 from saltflat.lab.subjects import from_run
 
 METHODS = ("at", "at-awp")
-ALPHAS = [i / 10 for i in range(-10, 11)]
+ALPHAS = symmetric(1.0, 21)
 
 
 def run(out: Path, seeds: int) -> None:
@@ -36,6 +37,6 @@ def run(out: Path, seeds: int) -> None:
         trainings.resume(folder) if folder in there else trainings.train(config, folder)
         for checkpoint in ("best", "last"):
             evaluation(from_run(folder, checkpoint), ("clean", "fgsm", "pgd-20", "cw-20"), "test", 0, How(512))
-        landscape(from_run(folder, "last"), ALPHAS, 1, "test", 400, 10, 400, 0)
+        line(from_run(folder, "last"), ALPHAS, 1, Slice(examples=400, batch_size=400))
     path = report(list(runs), out / "report.html")
     say(f"done in {time.perf_counter() - began:.0f} s; open {path} in a browser")

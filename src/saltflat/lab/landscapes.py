@@ -1,86 +1,331 @@
-"""The measurement behind `saltflat landscape`: attacks made afresh along directions in weight space."""
+"""The measurement behind `saltflat landscape`: attacks made afresh along directions in weight space, or over a plane.
+
+landscapes/NAME.part            every example's outcome at the points that are done; what goes on after a kill
+landscapes/NAME.npz  NAME.json  outcomes of all examples at all points; their means, gaps and settings, written last
+
+The points of a coarse grid come first, so that there is something to look at early.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+import math
+import time
+import zipfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
 
-from saltflat.data import Images
-from saltflat.evaluation import collect, outcomes_by_batch
+from saltflat.balls import Filterwise, Layerwise, WeightBall, Weights
+from saltflat.evaluation import answers, attacked, collect
+from saltflat.evaluation.suite import prepared
+from saltflat.inputs import PGD
 from saltflat.lab import record
-from saltflat.lab.console import progress
+from saltflat.lab.config import BadInput
+from saltflat.lab.console import progress, say
 from saltflat.lab.subjects import Subject, chosen, place
-from saltflat.landscape import along, random_direction
+from saltflat.landscape import adversarial_direction, over, random_direction
+from saltflat.landscape.robust import afresh, frozen, total
+
+Direction = Literal["random", "adversarial"]
+Normalisation = Literal["filter", "layer"]
+BALLS: dict[str, WeightBall] = {"filter": Filterwise(1.0), "layer": Layerwise(1.0)}
+WORDS = {
+    "random": "random",
+    "adversarial": "adversarial, steepest ascent of the robust loss at w",
+    "filter": "filter by filter, no biases and norm layers",
+    "layer": "layer by layer, no biases and norm layers",
+}
+COARSE = 5  # every so many points is measured first
+OFTEN = 1.0  # seconds between two writes of what is done
 
 
-def landscape(
-    of: Subject,
-    alphas: Sequence[float],
-    directions: int,
-    split: str,
-    examples: int,
-    steps: int,
-    batch_size: int,
-    seed: int,
-) -> dict[str, Any]:
-    """g(alpha) = rho(w + alpha d), attacked afresh at every alpha, along random filter-normalised directions.
+@dataclass(frozen=True)
+class How:
+    """How a landscape is measured; everything in it is on record.
 
-    Written into the run folder; what was asked before, of the same weights, is read and not computed again.
+    own_loss: the objective that the run was trained with is measured beside cross-entropy. frozen: attacks are made
+    once, at w, and kept.
     """
-    x, y, _ = chosen(of, split, examples)
-    images, attack = Images(x, y, int(y.max()) + 1, split), of.threat.pgd(steps)
-    asked = {
-        "checkpoint": of.checkpoint,
-        "sha256": of.sha256,
-        "split": split,
-        "n": len(images),
-        "alphas": list(alphas),
-        "settings": {
-            "direction": "random, filter-normalised, no biases and norm layers",
-            "attack": f"{of.threat.pgd_in_words(steps)}, made afresh at each alpha, starts per example",
-            "batch_norm": "eval mode",
-            "seed": seed,
-            "batch_size": batch_size,
-        },
-    }
-    path = place(of, "landscapes", split, {**asked, "directions": directions})
+
+    split: str = "test"
+    examples: int = 512
+    steps: int = 10
+    batch_size: int = 256
+    seed: int = 0
+    direction: Direction = "random"
+    normalisation: Normalisation = "filter"
+    own_loss: bool = False
+    frozen: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class Shown:
+    """What the network is shown, and by whom it is attacked."""
+
+    of: Subject
+    x: Tensor
+    y: Tensor
+    attack: PGD
+    how: How
+
+    def batches(self) -> Iterator[Tensor]:
+        return iter(torch.split(torch.arange(len(self.x)), self.how.batch_size))
+
+
+def line(of: Subject, alphas: Sequence[float], directions: int, how: How) -> dict[str, Any]:
+    """g(alpha) = rho(w + alpha d) along so many directions; what was asked before, of the same weights, is read."""
+    shown = _shown(of, how)
+    asked = _asked(shown, {"kind": "line", "alphas": list(alphas)})
+    path = place(of, "landscapes", how.split, {**asked, "directions": directions})
     if path.is_file():
         return record.read_again(path)
+    seeds = range(how.seed, how.seed + directions)
+    points = [(seed, (alpha,)) for seed in seeds for alpha in alphas]
+    arrays = _measured(shown, path, points, lambda seed: [_direction(shown, how.direction, seed)])
+    means = _means(arrays, (directions, len(alphas)))
+    curves = [
+        {"direction_seed": seed, **{name: _plain(values[row]) for name, values in means.items()}}
+        for row, seed in enumerate(seeds)
+    ]
+    gaps = [
+        {"direction_seed": seed, "alpha": point[0], "why": why}
+        for (seed, point), why in _gaps(points, means["robust_loss"].ravel())
+    ]
+    return _written(path, {**asked, "curves": curves, "gaps": gaps})
 
-    def measure() -> tuple[float, float, float]:
-        robust = collect(outcomes_by_batch(of.model, images, attack, batch_size=batch_size, seed=seed))
-        clean = collect(outcomes_by_batch(of.model, images, None, batch_size=batch_size))
-        return robust.mean_loss, robust.accuracy, clean.mean_loss
 
-    curves = []
-    with progress() as bar:
-        task = bar.add_task(f"landscape of {of.folder.absolute().name}", total=directions * len(alphas))
-        for direction_seed in range(seed, seed + directions):
-            points = []
-            for _, point in along(of.model, random_direction(of.model, direction_seed), alphas, measure):
-                points.append(point)
-                bar.advance(task)
-            robust_loss, robust_accuracy, clean_loss = map(list, zip(*points, strict=True))
-            curves.append(
-                {
-                    "direction_seed": direction_seed,
-                    "robust_loss": robust_loss,
-                    "robust_accuracy": robust_accuracy,
-                    "clean_loss": clean_loss,
-                }
+def plane(of: Subject, alphas: Sequence[float], betas: Sequence[float], how: How) -> dict[str, Any]:
+    """rho(w + alpha d + beta e), with d as `how` says and e random; what was asked before is read."""
+    shown = _shown(of, how)
+    directions = [_direction(shown, how.direction, how.seed), _direction(shown, "random", how.seed + 1)]
+    asked = _asked(shown, {"kind": "plane", "alphas": list(alphas), "betas": list(betas)})
+    path = place(of, "landscapes", how.split, asked)
+    if path.is_file():
+        return record.read_again(path)
+    points = [(how.seed, (alpha, beta)) for alpha in alphas for beta in betas]
+    arrays = _measured(shown, path, points, lambda seed: directions)
+    means = _means(arrays, (len(alphas), len(betas)))
+    gaps = [
+        {"alpha": point[0], "beta": point[1], "why": why}
+        for (_, point), why in _gaps(points, means["robust_loss"].ravel())
+    ]
+    surfaces = {name: [_plain(row) for row in values] for name, values in means.items()}
+    return _written(path, {**asked, "cosine": _cosine(*directions), **surfaces, "gaps": gaps})
+
+
+def check_alike(subjects: Sequence[Subject]) -> None:
+    """BadInput unless all have one architecture: a direction of one is none of another."""
+    first, *others = [(of, {name: tuple(p.shape) for name, p in of.model.named_parameters()}) for of in subjects]
+    for of, shapes in others:
+        if shapes != first[1]:
+            name = next(name for name in [*shapes, *first[1]] if shapes.get(name) != first[1].get(name))
+            raise BadInput(
+                f"runs: expected one architecture on one axis, got {name} of shape {first[1].get(name, 'none')} in "
+                f"{first[0].folder} and {shapes.get(name, 'none')} in {of.folder}"
             )
-    found = {**asked, "curves": curves}
+
+
+def symmetric(reach: float, points: int) -> list[float]:
+    """-reach ... 0 ... reach."""
+    half = points // 2
+    return [reach * i / half for i in range(-half, half + 1)]
+
+
+def in_words(found: Mapping[str, Any]) -> str:
+    """A landscape in one line: the loss at w, and how far it rises to the ends."""
+    if found["kind"] == "plane":
+        surface, i, j = _array(found["robust_loss"]), found["alphas"].index(0.0), found["betas"].index(0.0)
+        corners = surface[[0, 0, -1, -1], [0, -1, 0, -1]] - surface[i, j]
+        return f"{surface[i, j]:.3f} nats at w, rises by {corners.min():.3f} to {corners.max():.3f} at the corners"
+    alphas, curves = found["alphas"], _array([curve["robust_loss"] for curve in found["curves"]])
+    mean, g0 = curves.mean(0), curves.mean(0)[alphas.index(0.0)]
+    return (
+        f"g(0) = {g0:.3f} nats, rises by {mean[0] - g0:.3f} at alpha = {alphas[0]:g} and by {mean[-1] - g0:.3f} at "
+        f"{alphas[-1]:g}; directions: {len(curves)}" + (f"; gaps: {len(found['gaps'])}" if found["gaps"] else "")
+    )
+
+
+def _shown(of: Subject, how: How) -> Shown:
+    x, y, _ = chosen(of, how.split, how.examples)
+    x = prepared(x, of.model)
+    shown = Shown(of, x, y.to(x.device), of.threat.pgd(how.steps), how)
+    _check_steady(shown)
+    return shown
+
+
+def _check_steady(shown: Shown) -> None:
+    """A landscape of a network that answers differently each time would be noise."""
+    rows = next(shown.batches())
+    first, second = (answers(shown.of.model, shown.x[rows], shown.y[rows]).mean_loss for _ in range(2))
+    if abs(first - second) > 1e-4 * abs(first):
+        raise BadInput(
+            f"model: expected equal losses on equal images in eval mode, got {first:.6g} and {second:.6g}: it draws at "
+            "random"
+        )
+
+
+def _asked(shown: Shown, grid: Mapping[str, Any]) -> dict[str, Any]:
+    of, how = shown.of, shown.how
+    made = "made once at w and kept, which underestimates elsewhere" if how.frozen else "made afresh at each point"
+    return {
+        "checkpoint": of.checkpoint,
+        "sha256": of.sha256,
+        "split": how.split,
+        "n": len(shown.x),
+        **grid,
+        "settings": {
+            "direction": WORDS[how.direction],
+            "normalisation": WORDS[how.normalisation],
+            "attack": f"{of.threat.pgd_in_words(how.steps)}, {made}, starts per example",
+            "loss": f"cross-entropy{f', and {of.objective}' if how.own_loss else ''}",
+            "batch_norm": "eval mode",
+            "seed": how.seed,
+            "batch_size": how.batch_size,
+        },
+    }
+
+
+def _direction(shown: Shown, kind: Direction, seed: int) -> dict[str, Tensor]:
+    how, model = shown.how, shown.of.model
+    if kind == "random":
+        return random_direction(model, seed, ball=BALLS[how.normalisation])
+    losses = afresh(model, shown.x, shown.y, shown.attack, batch_size=how.batch_size, seed=seed)
+    return adversarial_direction(model, losses, ball=BALLS[how.normalisation])
+
+
+def _cosine(d: Weights, e: Weights) -> float:
+    one, other = (torch.cat([part.flatten() for part in direction.values()]).double() for direction in (d, e))
+    return torch.nn.functional.cosine_similarity(one, other, dim=0).item()
+
+
+Arrays = dict[str, NDArray[Any]]
+
+
+def _measure(shown: Shown) -> Callable[[], dict[str, Any]]:
+    """() -> the outcomes of all examples with the weights as they stand."""
+    of, how = shown.of, shown.how
+
+    def attack(rows: Tensor) -> Tensor:
+        return attacked(of.model, shown.x[rows], shown.y[rows], shown.attack, seed=how.seed, ids=rows)
+
+    kept = [attack(rows) for rows in shown.batches()] if how.frozen else []
+    shares = frozen if how.frozen else afresh
+    losses = (
+        shares(
+            of.model,
+            shown.x,
+            shown.y,
+            shown.attack,
+            objective=of.objective,
+            batch_size=how.batch_size,
+            seed=how.seed,
+        )
+        if how.own_loss
+        else []
+    )
+
+    def measure() -> dict[str, Any]:
+        robust, clean = [], []
+        for number, rows in enumerate(shown.batches()):
+            x_adv = kept[number] if how.frozen else attack(rows)
+            robust.append(answers(of.model, x_adv, shown.y[rows]))
+            clean.append(answers(of.model, shown.x[rows], shown.y[rows]))
+        under_attack = collect(robust)
+        found = {
+            "robust_loss": under_attack.loss.numpy(),
+            "robust_accuracy": under_attack.correct.numpy(),
+            "clean_loss": collect(clean).loss.numpy(),
+        }
+        return found | ({"objective": np.array([total(losses)])} if how.own_loss else {})
+
+    return measure
+
+
+def _measured(
+    shown: Shown,
+    path: Path,
+    points: Sequence[tuple[int, tuple[float, ...]]],
+    directions: Callable[[int], Sequence[Weights]],
+) -> Arrays:
+    """Every example's outcomes at every (direction's seed, point): arrays (points, N), and `done` (points,)."""
+    part, last = path.with_suffix(".part"), time.monotonic()
+    arrays = _read_part(part, len(points), len(shown.x)) if part.is_file() else {}
+    done = arrays.setdefault("done", np.zeros(len(points), bool))
+    if done.any():
+        say(f"goes on after {done.sum()} of {len(points)} points: {part}")
+    measure = _measure(shown)
+    with progress() as bar:
+        task = bar.add_task(f"landscape of {shown.of.folder.absolute().name}", total=len(points), completed=done.sum())
+        try:
+            for seed in dict.fromkeys(seed for seed, _ in points):
+                ordered = _coarse_first([i for i, (of, _) in enumerate(points) if of == seed and not done[i]])
+                found = over(shown.of.model, directions(seed), (points[i][1] for i in ordered), measure)
+                for index, (_, outcome) in zip(ordered, found, strict=True):
+                    for name, values in outcome.items():
+                        arrays.setdefault(name, np.zeros((len(points), len(values)), values.dtype))[index] = values
+                    done[index] = True
+                    bar.advance(task)
+                    if time.monotonic() - last > OFTEN:
+                        _write(part, arrays)
+                        last = time.monotonic()
+        except BaseException:  # Ctrl-C among them: nothing that is done is lost
+            _write(part, arrays)
+            raise
+    _write(path.with_suffix(".npz"), arrays)
+    return arrays
+
+
+def _coarse_first(indices: Sequence[int]) -> list[int]:
+    return sorted(indices, key=lambda index: (index % COARSE > 0, index))
+
+
+def _read_part(part: Path, points: int, examples: int) -> Arrays:
+    try:
+        with np.load(part, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in file.files}
+        if arrays["done"].shape != (points,) or arrays["robust_loss"].shape != (points, examples):
+            raise ValueError("its shapes are of another measurement")
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        raise BadInput(f"landscapes: cannot go on from {part} ({error}); delete it to begin anew") from None
+    return arrays
+
+
+def _write(path: Path, arrays: Arrays) -> None:
+    if not arrays["done"].any():
+        return
+    with record.replacing(path) as temporary, open(temporary, "wb") as file:
+        np.savez(file, **arrays)  # type: ignore[arg-type]
+
+
+def _written(path: Path, found: dict[str, Any]) -> dict[str, Any]:
     record.write_json(path, found)
+    path.with_suffix(".part").unlink(missing_ok=True)
     return found
 
 
-def rise(found: dict[str, Any]) -> str:
-    """A landscape in one line: g(0), and how far the mean curve rises to its ends."""
-    alphas, mean = found["alphas"], np.mean([curve["robust_loss"] for curve in found["curves"]], axis=0)
-    g0 = mean[alphas.index(0.0)]
-    return (
-        f"g(0) = {g0:.3f} nats, rises by {mean[0] - g0:.3f} at alpha = {alphas[0]:g} and by {mean[-1] - g0:.3f} at "
-        f"{alphas[-1]:g}; directions: {len(found['curves'])}"
-    )
+def _means(arrays: Arrays, shape: tuple[int, int]) -> dict[str, NDArray[np.float64]]:
+    """Over examples; what is not finite is NaN."""
+    means = {name: values.mean(1, dtype=np.float64) for name, values in arrays.items() if name != "done"}
+    return {name: np.where(np.isfinite(mean), mean, np.nan).reshape(shape) for name, mean in means.items()}
+
+
+def _gaps(
+    points: Sequence[tuple[int, tuple[float, ...]]], means: NDArray[np.float64]
+) -> list[tuple[tuple[int, tuple[float, ...]], str]]:
+    why = "the robust loss is not finite: the weights are too far from w for the network's arithmetic"
+    return [(point, why) for point, mean in zip(points, means, strict=True) if math.isnan(mean)]
+
+
+def _plain(values: NDArray[np.float64]) -> list[float | None]:
+    """JSON has no NaN."""
+    return [None if math.isnan(value) else value for value in values.tolist()]
+
+
+def _array(rows: Sequence[Sequence[float | None]]) -> NDArray[np.float64]:
+    return np.array(rows, dtype=np.float64)  # None becomes NaN

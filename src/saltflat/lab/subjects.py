@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from saltflat.lab import build, checkpoints, record
 from saltflat.lab.config import BadInput, Data
 from saltflat.lab.threat import Threat, trained_against
 from saltflat.models import published
+from saltflat.objectives import AT, Objective
 
 STEP = 0.25  # of PGD, in radii, where nobody says otherwise: AWP's tables
 
@@ -35,6 +36,7 @@ class Subject:
         sha256: the first characters of the file's.
         weights: which weights they are, in words.
         splits: (x, y) by name.
+        objective: what it was trained with, where that is known; else plain cross-entropy.
     """
 
     folder: Path
@@ -44,6 +46,7 @@ class Subject:
     model: nn.Module
     splits: Mapping[str, tuple[Tensor, Tensor]]
     threat: Threat
+    objective: Objective = field(default_factory=AT)
 
 
 def from_run(
@@ -82,6 +85,7 @@ def from_run(
             )
         },
         threat=trained_against(config.attack),
+        objective=build.losses(config),
     )
 
 

@@ -1,8 +1,14 @@
 """Directions in weight space.
 
-A filter-normalised direction: d_lj ~ N(0, I) for every filter j of every layer l, then d_lj <- d_lj ‖w_lj‖ / ‖d_lj‖,
-so that alpha is a displacement relative to the size of each filter (Li et al., arXiv 1712.09913). That is a uniform
-draw from the surface of `Filterwise(1)`. Biases and norm layers get no component.
+Random, filter-normalised: d_lj ~ N(0, I) for every filter j of every layer l, then d_lj <- d_lj ‖w_lj‖ / ‖d_lj‖, so
+that alpha is a displacement relative to the size of each filter (Li et al., arXiv 1712.09913). That is a uniform draw
+from the surface of `Filterwise(1)`; layer by layer it is one from `Layerwise(1)`. Both have the norm of w in every
+layer.
+
+Adversarial: the steepest ascent of the loss at w in such a ball, d_lj = ‖w_lj‖ g_lj / ‖g_lj‖ with g the gradient of the
+loss; gamma d for `Layerwise(1)` is the weight perturbation of AWP (Wu, Xia, Wang, arXiv 2004.05884).
+
+Biases and norm layers get no component.
 """
 
 from __future__ import annotations
@@ -10,8 +16,9 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from saltflat.balls import Filterwise, WeightBall
+from saltflat.landscape.robust import Losses
 from saltflat.random import seeded
-from saltflat.weights import Where, default
+from saltflat.weights import Where, default, gradient
 
 
 def random_direction(
@@ -34,3 +41,24 @@ def random_direction(
     centre = {name: p.detach() for name, p in model.named_parameters() if where(name, p)}
     drawn = (ball or Filterwise(1.0)).sample({name: w.cpu() for name, w in centre.items()}, seeded(seed), surface=True)
     return {name: d.to(centre[name].device) for name, d in drawn.items()}
+
+
+def adversarial_direction(
+    model: nn.Module, losses: Losses, *, ball: WeightBall | None = None, where: Where = default
+) -> dict[str, Tensor]:
+    """The direction {name: d} of steepest ascent at w.
+
+    Args:
+        model: its weights are the centre; they, its `.grad` and its buffers are left as found.
+        losses: closures whose sum is the loss, such as `robust.afresh(model, x, y, attack)`.
+        ball: what normalises it; default `Filterwise(1.0)`. Where the gradient is zero or not finite, d is 0.
+        where: which tensors have a component.
+
+    >>> import torch
+    >>> model = nn.Linear(2, 1, bias=False)
+    >>> _ = nn.init.constant_(model.weight, 1.0)
+    >>> adversarial_direction(model, [lambda: model(torch.tensor([[3.0, 4.0]])).sum()])["weight"]
+    tensor([[0.8485, 1.1314]])
+    """
+    centre = {name: p.detach() for name, p in model.named_parameters() if where(name, p)}
+    return (ball or Filterwise(1.0)).steepest(gradient(model, losses, where=where), centre)
