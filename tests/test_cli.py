@@ -290,7 +290,7 @@ def test_a_question_that_was_answered_is_not_asked_again(trained, capsys):
 
 def test_the_clean_curve_of_a_landscape_is_clean(trained):
     run("landscape", trained[0], "--points", "3", "--examples", "25", "--steps", "3", "--reach", "0.1")
-    all_found = [json.loads(path.read_text()) for path in (trained[0] / "landscapes").iterdir()]
+    all_found = [json.loads(path.read_text()) for path in (trained[0] / "landscapes").glob("*.json")]
     (found,) = [each for each in all_found if each["n"] == 25]
     for curve in found["curves"]:
         assert all(robust > clean for robust, clean in zip(curve["robust_loss"], curve["clean_loss"], strict=True))

@@ -370,7 +370,7 @@ def test_input_normalisation_stands_in_the_network():
 
 
 FIELDS = {
-    "": "recipe seed device threads",
+    "": "recipe seed device threads keep_every",
     "data": "name path examples validation_examples augment padding padding_mode",
     "model": "name width depth widen_factor mean std",
     "objective": "name beta",

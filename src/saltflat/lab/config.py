@@ -205,6 +205,9 @@ class Train:
     """auto, cpu, cuda, or cuda:N. Auto takes a GPU if there is one."""
     threads: CountOrZero = 0
     """CPU threads; 0 takes torch's default. Results are bit-equal for equal numbers."""
+    keep_every: CountOrZero = 0
+    """Epochs from one kept checkpoint to the next, epoch-N beside best and last; those before and after each drop of
+    the learning rate are kept then, too. 0 keeps none."""
     data: Data = field(default_factory=Data)
     model: Model = field(default_factory=Model)
     objective: Objective = field(default_factory=Objective)

@@ -4,8 +4,9 @@
     metrics.jsonl                                     a line after every epoch
     checkpoints/last.safetensors                      weights, after every epoch
     checkpoints/best.safetensors                      weights, after every epoch that is the best on validation so far
+    checkpoints/epoch-N.safetensors                   weights of epochs that keep_every asks for
     checkpoints/resume.pt                             all that `fit` needs to go on, written last
-    outcomes/*.npz *.json  landscapes/*.json          what `evaluate` and `landscape` find
+    outcomes/  landscapes/  flatness/                 what `evaluate`, `landscape` and `flatness` find
 
 Every file but the metrics is written beside its place, flushed to the disk, and renamed into it. A line of metrics may
 be there without its checkpoint (killed in between); going on drops it, and the epoch is made again, equal.

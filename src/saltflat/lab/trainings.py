@@ -68,8 +68,29 @@ def resume(out: Path) -> None:
 
 
 def _identity(config: Train) -> str:
-    """A digest of all that decides the numbers; where, and on how many threads, a run goes on may change."""
-    return record.digest(asdict(replace(config, device="", threads=0, data=replace(config.data, path=None))))
+    """A digest of all that decides the numbers; where, and on how many threads, a run goes on may change, and what is
+    kept of it.
+    """
+    deciding = asdict(replace(config, device="", threads=0, data=replace(config.data, path=None)))
+    del deciding["keep_every"]
+    return record.digest(deciding)
+
+
+def kept_epochs(config: Train) -> set[int]:
+    """Epochs whose weights are kept as epoch-N: the first of all, every so many, and both sides of each drop of the
+    learning rate to less than half.
+
+    >>> from saltflat.lab.config import Optimizer
+    >>> sorted(kept_epochs(Train(keep_every=20, optimizer=Optimizer(epochs=60))))
+    [1, 20, 30, 31, 40, 45, 46, 60]
+    """
+    epochs, rate = config.optimizer.epochs, build.plan(config).learning_rate
+    if config.keep_every == 0:
+        return set()
+    rates = {epoch: rate((epoch - 0.5) / epochs) for epoch in range(1, epochs + 1)}
+    drops = [epoch for epoch in range(1, epochs) if rates[epoch + 1] < rates[epoch] / 2]
+    every = range(config.keep_every, epochs + 1, config.keep_every)
+    return {1, *every, *drops, *(epoch + 1 for epoch in drops)}
 
 
 def _ready(config: Train) -> Ready:
@@ -104,7 +125,7 @@ def _train(ready: Ready, out: Path, state: dict[str, Any] | None) -> None:
                 if isinstance(event, Stepped):
                     bar.update(task, total=event.steps, completed=event.step, description=f"epoch {event.epoch}")
                 elif isinstance(event, Epoch):
-                    _keep(out, event, _identity(config))
+                    _keep(out, event, config)
                     left = (time.perf_counter() - began) / (event.epoch - done) * (plan.epochs - event.epoch)
                     say(_in_words(event, plan.epochs, left))
     except KeyboardInterrupt:
@@ -112,13 +133,15 @@ def _train(ready: Ready, out: Path, state: dict[str, Any] | None) -> None:
         raise
 
 
-def _keep(out: Path, event: Epoch, config: str) -> None:
+def _keep(out: Path, event: Epoch, config: Train) -> None:
     """Metrics first, the state last: what stands in between is made again, equal, if the run is killed here."""
     record.append_metrics(out, event.metrics)
     if event.best:
         checkpoints.save_weights(out / "checkpoints" / "best.safetensors", event.model)
+    if event.epoch in kept_epochs(config):
+        checkpoints.save_weights(out / "checkpoints" / f"epoch-{event.epoch}.safetensors", event.model)
     checkpoints.save_weights(out / "checkpoints" / "last.safetensors", event.model)
-    checkpoints.save_state(out / "checkpoints" / "resume.pt", {**event.state, "config": config})
+    checkpoints.save_state(out / "checkpoints" / "resume.pt", {**event.state, "config": _identity(config)})
 
 
 def _in_words(event: Epoch, epochs: int, left: float) -> str:
