@@ -1,0 +1,108 @@
+"""The robust generalisation gap of a network, measured as it has to be: at w, in eval mode, without augmentation, by
+one attack on both sides.
+
+    gap in loss      = rho_test - rho_train                 nats
+    gap in accuracy  = accuracy_train - accuracy_test       of 1, under attack
+
+Training logs are no substitute: those of AWP hold train accuracy at w + v, in train mode, on augmented images.
+
+gaps/NAME.json   both sides, their difference, and how much a longer attack would change
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from saltflat.evaluation import Outcomes, answers, attacked, collect
+from saltflat.evaluation.suite import prepared
+from saltflat.lab import record
+from saltflat.lab.subjects import Subject, chosen, place
+
+LONGER = 5  # times as many steps, for the check that the attack is long enough
+
+
+@dataclass(frozen=True)
+class How:
+    """How a gap is measured.
+
+    train_examples, test_examples: stratified; 0 takes all, and so do more than there are.
+    """
+
+    train_examples: int = 1000
+    test_examples: int = 1000
+    steps: int = 20
+    checked_examples: int = 128
+    batch_size: int = 256
+    seed: int = 0
+
+
+def robust_gap(of: Subject, how: How) -> dict[str, Any]:
+    """Measured and written down; what was asked before, of the same weights, is read."""
+    sides = {"train": how.train_examples, "test": how.test_examples}
+    parts = {split: _part(of, split, examples) for split, examples in sides.items()}
+    asked = {
+        "checkpoint": of.checkpoint,
+        "sha256": of.sha256,
+        "n": {split: len(y) for split, (_, y) in parts.items()},
+        "settings": {
+            "attack": f"{of.threat.pgd_in_words(how.steps)}, starts per example",
+            "mode": "eval",
+            "weights": of.weights,
+            "augmentation": "none",
+            "checked_examples": how.checked_examples,
+            "seed": how.seed,
+            "batch_size": how.batch_size,
+        },
+    }
+    path = place(of, "gaps", "both", asked)
+    if path.is_file():
+        return record.read_again(path)
+    train, test = ({"n": len(y)} | _measured(of, x, y, how) for x, y in parts.values())
+    found = {
+        **asked,
+        "train": train,
+        "test": test,
+        "gap": {
+            "loss": test["robust_loss"] - train["robust_loss"],
+            "accuracy": train["robust_accuracy"] - test["robust_accuracy"],
+        },
+        "longer": _longer(of, *parts["test"], how),
+    }
+    record.write_json(path, found)
+    return found
+
+
+def _part(of: Subject, split: str, examples: int) -> tuple[Tensor, Tensor]:
+    available = len(of.splits[split][1]) if split in of.splits else 0
+    x, y, _ = chosen(of, split, examples if examples < available else 0)
+    x = prepared(x, of.model)
+    return x, y.to(x.device)
+
+
+def _measured(of: Subject, x: Tensor, y: Tensor, how: How) -> dict[str, float]:
+    robust, clean = _outcomes(of, x, y, how.steps, how), _outcomes(of, x, y, 0, how)
+    return {
+        "clean_accuracy": clean.accuracy,
+        "clean_loss": clean.mean_loss,
+        "robust_accuracy": robust.accuracy,
+        "robust_loss": robust.mean_loss,
+    }
+
+
+def _outcomes(of: Subject, x: Tensor, y: Tensor, steps: int, how: How) -> Outcomes:
+    attack = of.threat.pgd(steps) if steps else None
+    return collect(
+        answers(of.model, attacked(of.model, x[rows], y[rows], attack, seed=how.seed, ids=rows), y[rows])
+        for rows in torch.split(torch.arange(len(x)), how.batch_size)
+    )
+
+
+def _longer(of: Subject, x: Tensor, y: Tensor, how: How) -> dict[str, float]:
+    """How much more loss an attack of several times the steps finds, on some examples."""
+    x, y = x[: how.checked_examples], y[: how.checked_examples]
+    short, long = (_outcomes(of, x, y, steps, how).mean_loss for steps in (how.steps, LONGER * how.steps))
+    return {"steps": LONGER * how.steps, "n": len(y), "loss": long, "loss_of_the_attack": short}
