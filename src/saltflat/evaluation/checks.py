@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
-from saltflat.balls import L1, L2, Box, InputBall, Linf
+from saltflat.balls import L1, L2, InputBall, Linf, Range
 from saltflat.evaluation.restarts import Restarted
 from saltflat.evaluation.search import Logits, find
 from saltflat.inputs import PGD
@@ -107,7 +107,7 @@ def train_mode(model: nn.Module) -> Flag | None:
     return _flag(train_mode, f"{len(training)} of {len(layers)} modules: {shown}")
 
 
-def outside_box(x: Tensor, box: Box) -> Flag | None:
+def outside_box(x: Tensor, box: Range) -> Flag | None:
     """Inputs that are no images of the range that they were said to have.
 
     Raised if: a number of x is NaN, or lies outside the box by more than 1e-6 of the box's width, which rounding may

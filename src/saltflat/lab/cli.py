@@ -282,6 +282,73 @@ def landscape(
 
 
 @command
+def flatness(
+    runs: Runs,
+    measures: Annotated[tuple[str, ...], Field(min_length=1)] = (
+        "average",
+        "adaptive-average",
+        "worst",
+        "adaptive",
+        "keskar",
+        "tolerance",
+        "slices",
+        "curvature",
+        "gradients",
+        "norms",
+    ),
+    checkpoint: str = "last",
+    split: Split = "train",
+    examples: CountOrZero = 512,
+    batch_size: Count = 128,
+    steps: Count = 10,
+    draws: Count = 10,
+    climbs: Count = 20,
+    restarts: CountOrZero = 1,
+    directions: Count = 3,
+    probes: Annotated[int, Field(ge=6)] = 60,
+    seed: CountOrZero = 0,
+    data_path: Path | None = None,
+    device: str = "auto",
+    out: Path | None = None,
+) -> Job:
+    """Measure how flat the robust loss of runs is, attacking afresh at every perturbed model; every measure with its
+    unit, standard error and settings. What was interrupted goes on.
+
+    Args:
+        runs: run folders.
+        measures: any of average, average-frozen, adaptive-average, worst, adaptive, keskar, tolerance, slices,
+            curvature, density, gradients, norms.
+        checkpoint: best (on validation), last, or epoch-N where it was kept.
+        split: which images; the training set's, unless the test set may be looked at.
+        examples: how many of them, stratified; 0 takes all.
+        batch_size: examples at a time; worst cases and draws are of each batch.
+        steps: of the PGD that attacks; the rest of the threat model is the run's.
+        draws: of random noise.
+        climbs: steps of each ascent in the weights.
+        restarts: ascents from random points, beside the one from w.
+        directions: of the 1-D slices that area and width are read from.
+        probes: Hessian-vector products for each of trace, layer traces and eigenvalue.
+        seed: of all draws.
+        data_path: where the runs' data are now; default where they were.
+        device: auto, cpu, cuda, or cuda:N.
+        out: the page; default report.html in the run's folder, or beside several.
+    """
+
+    def job() -> None:
+        from saltflat.lab import console, subjects
+        from saltflat.lab import flatness as job
+        from saltflat.lab.measures import How
+
+        how = How(split, examples, batch_size, steps, seed, draws, climbs, restarts, directions, probes)
+        opened = [subjects.from_run(run, checkpoint, device, None, data_path) for run in runs]
+        for of in opened:
+            job.show(of, job.flatness(of, measures, how))
+        console.report([of.folder for of in opened], out)
+
+    return job
+
+
+@command
 def report(runs: Runs, out: Path | None = None) -> Job:
     """Write one HTML page about runs: curves, gap, landscape, tables; it opens offline.
 

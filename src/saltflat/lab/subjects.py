@@ -6,7 +6,7 @@ A run folder knows all of it. A checkpoint of somebody else's is told its networ
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from saltflat import data as datasets
+from saltflat.balls import Weights
 from saltflat.data import Images, stratified_subset
 from saltflat.evaluation.suite import prepared
 from saltflat.lab import build, checkpoints, record
@@ -37,6 +38,7 @@ class Subject:
         weights: which weights they are, in words.
         splits: (x, y) by name.
         objective: what it was trained with, where that is known; else plain cross-entropy.
+        initial: () -> the weights before training, where they are known.
     """
 
     folder: Path
@@ -47,6 +49,7 @@ class Subject:
     splits: Mapping[str, tuple[Tensor, Tensor]]
     threat: Threat
     objective: Objective = field(default_factory=AT)
+    initial: Callable[[], Weights] | None = None
 
 
 def from_run(
@@ -86,6 +89,7 @@ def from_run(
         },
         threat=trained_against(config.attack),
         objective=build.losses(config),
+        initial=lambda: build.network(config, sets.train).state_dict(),
     )
 
 

@@ -1,0 +1,93 @@
+"""The job behind `saltflat flatness`: measures of one network, each written down as soon as it is done.
+
+flatness/NAME.part   measures that are done; what goes on after a kill
+flatness/NAME.json   all of them, and the settings that they share, written last
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+from rich.table import Table
+
+from saltflat.evaluation.suite import prepared
+from saltflat.lab import record
+from saltflat.lab.config import BadInput
+from saltflat.lab.console import CONSOLE, progress, say
+from saltflat.lab.measures import MEASURES, Found, How, Shown
+from saltflat.lab.subjects import Subject, chosen, place
+
+
+def flatness(of: Subject, names: Sequence[str], how: How) -> dict[str, Any]:
+    """Measured and written down; what was asked before, of the same weights, is read, what was interrupted goes on."""
+    _check(names)
+    x, y, _ = chosen(of, how.split, how.examples)
+    x = prepared(x, of.model)
+    shown = Shown(of.model, x, y.to(x.device), of.threat.pgd(how.steps), how, of.initial)
+    asked = {
+        "checkpoint": of.checkpoint,
+        "sha256": of.sha256,
+        "split": how.split,
+        "n": len(y),
+        "settings": {
+            "attack": f"{of.threat.pgd_in_words(how.steps)}, starts per example",
+            "batch_norm": "eval mode",
+            "weights": of.weights,
+            **{name: value for name, value in asdict(how).items() if name not in ("split", "examples", "steps")},
+        },
+    }
+    path = place(of, "flatness", how.split, {**asked, "measures": list(names)})
+    if path.is_file():
+        return record.read_again(path)
+    part = path.with_suffix(".part")
+    done = record.read_again(part)["done"] if part.is_file() else {}
+    if done:
+        say(f"goes on after {', '.join(done)}: {part}")
+    with progress() as bar:
+        task = bar.add_task("flatness", total=len(names), completed=len(done))
+        for name in names:
+            if name not in done:
+                bar.update(task, description=f"{name} of {of.folder.absolute().name}")
+                began = time.perf_counter()
+                found = MEASURES[name](shown)
+                done[name] = [_row(each, time.perf_counter() - began) for each in found]
+                record.write_json(part, {"done": done})
+            bar.advance(task)
+    summary = {**asked, "measures": [row for name in names for row in done[name]]}
+    record.write_json(path, summary)
+    part.unlink(missing_ok=True)
+    return summary
+
+
+def _check(names: Sequence[str]) -> None:
+    if strange := [name for name in names if name not in MEASURES]:
+        raise BadInput(f"measures: expected any of {', '.join(MEASURES)}, got {strange[0]!r}")
+    if repeated := [name for i, name in enumerate(names) if name in names[:i]]:
+        raise BadInput(f"measures: expected each once, got {repeated[0]!r} again")
+
+
+def _row(found: Found, seconds: float) -> dict[str, Any]:
+    """As JSON, which knows no NaN and no infinity: what is not finite is null, and the note says so."""
+    row = asdict(found) | {"seconds": round(seconds, 2)}
+    for name in ("value", "standard_error"):
+        row[name] = row[name] if math.isfinite(row[name]) else None
+    if row["value"] is None:
+        row["note"] = f"{found.value:g}".replace("nan", "not a number") + (f"; {found.note}" if found.note else "")
+    return row
+
+
+def show(of: Subject, summary: dict[str, Any]) -> None:
+    """A table in the terminal, then what is to be said of single measures; the settings of each are on the page."""
+    title = f"{of.folder}: {summary['checkpoint']} checkpoint, {summary['split']} split, n = {summary['n']}"
+    table = Table("measure", "value", "standard error", "unit", title=title)
+    for row in summary["measures"]:
+        value, error = (("–" if row[name] is None else f"{row[name]:.4g}") for name in ("value", "standard_error"))
+        table.add_row(row["name"], value, error, row["unit"])
+    CONSOLE.print(table)
+    for row in summary["measures"]:
+        if row["note"]:
+            say(f"{row['name']}: {row['note']}")

@@ -1,0 +1,336 @@
+"""Every measure of flatness that `saltflat flatness` knows: its radius, its settings in words, its unit.
+
+The mathematics is in `saltflat.landscape`; here are the numbers that people compare, chosen once. All are of the robust
+loss at w, in eval mode; "attacked afresh" means at every perturbed model.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from saltflat.balls import Box, Ellipsoid, Layerwise, WeightBall, Weights
+from saltflat.evaluation import attacked
+from saltflat.inputs import PGD
+from saltflat.landscape import along, random_direction
+from saltflat.landscape.average_case import average_case
+from saltflat.landscape.density import spectral_density
+from saltflat.landscape.estimate import Estimate, mean
+from saltflat.landscape.extent import area, half_width
+from saltflat.landscape.fisher import fisher_trace, squared_gradients
+from saltflat.landscape.hessian import hessian
+from saltflat.landscape.lanczos import top_eigenvalues
+from saltflat.landscape.noise import adaptive_gaussian, within
+from saltflat.landscape.norms import distance, log_norms, weight_norm
+from saltflat.landscape.robust import Losses, afresh, continued, frozen, total
+from saltflat.landscape.tolerance import tolerated_noise
+from saltflat.landscape.trace import layer_traces, trace
+from saltflat.landscape.weight_curvature import weight_curvature
+from saltflat.landscape.worst_case import Worst, keskar_sharpness, worst_case
+from saltflat.weights import Closure
+
+EXACT = 0.0  # standard error of what has no draws
+
+
+@dataclass(frozen=True)
+class How:
+    """How flatness is measured; everything in it is on record.
+
+    steps: of the attack. draws: of average-case noise a batch, and of the tolerated noise. climbs: steps of the
+    ascent in w. directions: of the slices. probes: products for traces.
+    """
+
+    split: str = "train"
+    examples: int = 512
+    batch_size: int = 128
+    steps: int = 10
+    seed: int = 0
+    draws: int = 10
+    climbs: int = 20
+    restarts: int = 1
+    directions: int = 3
+    probes: int = 60
+
+
+@dataclass(frozen=True, eq=False)
+class Shown:
+    """What a measure is given: a network, examples, an attack; and the network's weights before training, where they
+    are known.
+    """
+
+    model: nn.Module
+    x: Tensor
+    y: Tensor
+    attack: PGD
+    how: How
+    initial: Callable[[], Weights] | None = None
+
+    def afresh(self, attacked: bool = True) -> list[Closure]:
+        return afresh(self.model, self.x, self.y, self.attack if attacked else None, **self._drawn)
+
+    def continued(self) -> list[Closure]:
+        return continued(self.model, self.x, self.y, self.attack, **self._drawn)
+
+    def frozen(self) -> list[Closure]:
+        return frozen(self.model, self.x, self.y, self.attack, **self._drawn)
+
+    def attacked(self) -> Tensor:
+        """x' at w, all of them."""
+        parts = torch.split(torch.arange(len(self.x)), self.how.batch_size)
+        x, y, seed = self.x, self.y, self.how.seed
+        return torch.cat([attacked(self.model, x[rows], y[rows], self.attack, seed=seed, ids=rows) for rows in parts])
+
+    @property
+    def _drawn(self) -> dict[str, Any]:
+        return {"batch_size": self.how.batch_size, "seed": self.how.seed}
+
+
+@dataclass(frozen=True)
+class Found:
+    """One measure: what it is called, what came out, and how; `sign` is +1 where more means sharper, -1 where more
+    means flatter.
+    """
+
+    name: str
+    value: float
+    standard_error: float
+    unit: str
+    settings: str
+    sign: int = 1
+    note: str = ""
+
+
+def _average(shown: Shown) -> list[Found]:
+    xi, how = 0.5, shown.how
+    words = f"v uniform in the ball ‖v_l‖ ≤ {xi} ‖w_l‖, {how.draws} draws for each batch of {how.batch_size}"
+    found = []
+    for name, losses, made in (
+        ("average case", shown.afresh(), "attacked afresh under each v"),
+        ("average case, clean loss", shown.afresh(attacked=False), "no attack"),
+    ):
+        rise = average_case(shown.model, losses, within(Layerwise(xi)), draws=how.draws, seed=how.seed)
+        found.append(_estimated(name, rise, "nats", f"{words}, {made}"))
+    return found
+
+
+def _frozen_average(shown: Shown) -> list[Found]:
+    xi, how = 0.5, shown.how
+    rise = average_case(shown.model, shown.frozen(), within(Layerwise(xi)), draws=how.draws, seed=how.seed)
+    words = f"v uniform in the ball ‖v_l‖ ≤ {xi} ‖w_l‖, {how.draws} draws for each batch of {how.batch_size}"
+    return [_estimated("average case, frozen examples", rise, "nats", f"{words}, examples attacked once, at w")]
+
+
+def _adaptive_average(shown: Shown) -> list[Found]:
+    rho, how = 0.3, shown.how
+    rise = average_case(shown.model, shown.afresh(), adaptive_gaussian(rho), draws=how.draws, seed=how.seed)
+    words = f"v_i ~ N(0, ({rho} w_i)²), {how.draws} draws for each batch of {how.batch_size}, attacked afresh"
+    return [_estimated("adaptive average case", rise, "nats", words)]
+
+
+def _worst(shown: Shown) -> list[Found]:
+    gamma = 0.01
+    words = f"‖v_l‖ ≤ {gamma} ‖w_l‖"
+    alternating = _by_batch(shown, Layerwise(gamma), shown.afresh())
+    joint = [
+        worst_case(
+            shown.model,
+            [loss],
+            Layerwise(gamma),
+            steps=shown.how.climbs,
+            restarts=shown.how.restarts,
+            seed=shown.how.seed,
+            climbed=partial(_one_of, shown.continued, number),
+        )
+        for number, loss in enumerate(shown.afresh())
+    ]
+    return [
+        _highest("worst case, alternating", alternating, shown, f"{words}, attacked afresh before each step"),
+        _highest("worst case, joint", joint, shown, f"{words}, one step of the attack with each step in w"),
+    ]
+
+
+def _one_of(losses: Callable[[], Losses], number: int) -> Losses:
+    return [losses()[number]]
+
+
+def _adaptive(shown: Shown) -> list[Found]:
+    found = []
+    for name, ball, words in (
+        ("adaptive sharpness, L2", Ellipsoid(0.5), "‖v/|w|‖₂ ≤ 0.5"),
+        ("adaptive sharpness, L-inf", Box(0.004), "|v_i| ≤ 0.004 |w_i|"),
+    ):
+        found.append(_highest(name, _by_batch(shown, ball, shown.afresh()), shown, words))
+    return found
+
+
+def _keskar(shown: Shown) -> list[Found]:
+    epsilon, how = 1e-3, shown.how
+    worst = worst_case(
+        shown.model,
+        shown.afresh(),
+        Box(epsilon, offset=1.0),
+        steps=how.climbs,
+        restarts=how.restarts,
+        seed=how.seed,
+        where=_trained,
+    )
+    words = f"|v_i| ≤ {epsilon:g} (|w_i| + 1), all weights, all examples, {_climb(shown)}"
+    return [Found("Keskar's sharpness", keskar_sharpness(worst), math.nan, "%", words)]
+
+
+def _tolerance(shown: Shown) -> list[Found]:
+    threshold, how = 0.1, shown.how
+    losses = shown.afresh()
+    sigma = tolerated_noise(
+        shown.model,
+        lambda: total(losses),
+        adaptive_gaussian(1.0),
+        threshold=threshold,
+        draws=how.draws,
+        seed=how.seed,
+        first=0.05,
+        halvings=6,
+    )
+    words = f"largest σ with a mean rise ≤ {threshold} nats, v_i ~ N(0, (σ w_i)²), {how.draws} draws, attacked afresh"
+    return [_estimated("PAC-Bayes σ", sigma, "of |w|", words, sign=-1)]
+
+
+def _slices(shown: Shown) -> list[Found]:
+    reach, points, threshold, how = 1.0, 11, 0.5, shown.how
+    alphas, losses = np.linspace(-reach, reach, points), shown.afresh()
+    directions = range(how.seed, how.seed + how.directions)
+    curves = [
+        [g for _, g in along(shown.model, random_direction(shown.model, seed), alphas.tolist(), lambda: total(losses))]
+        for seed in directions
+    ]
+    finite = np.where(np.isfinite(curves), curves, np.nan)
+    words = (
+        f"{points} α in [−{reach:g}, {reach:g}], {how.directions} random filter-normalised directions, attacked afresh"
+    )
+    areas = [area(alphas, g) for g in finite]
+    widths = [half_width(alphas, g, threshold) for g in finite]
+    return [
+        _over_directions("landscape area", areas, "nats", words),
+        _over_directions("landscape half-width", widths, "of ‖w‖", f"first rise by {threshold} nats; {words}", sign=-1),
+    ]
+
+
+def _curvature(shown: Shown) -> list[Found]:
+    how, operator = shown.how, hessian(shown.model, shown.frozen())
+    shared = f"examples attacked once, at w; {len(operator.layers)} weights of more than one dimension"
+    top = top_eigenvalues(operator, 1, steps=how.probes, tolerance=1e-3, seed=how.seed)
+    whole = trace(operator, how.probes, how.seed)
+    traces = layer_traces(operator, how.probes, how.seed)
+    index = weight_curvature(shown.model, traces)
+    unit = "nats / weight²"
+    found = [
+        Found(
+            "largest Hessian eigenvalue",
+            top.values[0].item(),
+            top.residuals[0].item(),
+            unit,
+            f"Lanczos, {top.steps} products, the error is the residual; {shared}",
+            note="" if top.converged else "not converged to 1e-3",
+        ),
+        _estimated("Hessian trace", whole, unit, f"Hutch++, {how.probes} products; {shared}"),
+        _estimated(
+            "weight-curvature index",
+            index.index,
+            "nats^½",
+            f"Σ ‖W_k‖ √tr H_k, {how.probes} probes; {shared}",
+            note=f"negative traces taken as 0: {', '.join(index.negative)}" if index.negative else "",
+        ),
+    ]
+    layers = [
+        _estimated(f"Hessian trace of {name}", part, unit, f"Hutchinson, {how.probes} probes; {shared}")
+        for name, part in traces.items()
+    ]
+    return found + layers
+
+
+def _density(shown: Shown) -> list[Found]:
+    how, operator = shown.how, hessian(shown.model, shown.frozen())
+    runs = 3
+    density = spectral_density(operator, how.probes // runs, runs, how.seed)
+    words = f"stochastic Lanczos quadrature, {runs} runs of {how.probes // runs} products; examples attacked once, at w"
+    negative = torch.where(density.nodes < 0, density.weights, 0).sum(1)
+    error = (negative.std() / math.sqrt(runs)).item()
+    return [Found("share of negative Hessian eigenvalues", negative.mean().item(), error, "of 1", words)]
+
+
+def _gradients(shown: Shown) -> list[Found]:
+    x = shown.attacked()
+    words = "at examples attacked once, at w; error over examples"
+    true, squared = fisher_trace(shown.model, x), squared_gradients(shown.model, x, shown.y)
+    unit = "nats² / weight²"
+    return [
+        _estimated("Fisher trace", true, unit, f"labels by the model's own beliefs, exact over classes, {words}"),
+        _estimated("mean squared gradient", squared, unit, f"labels of the data (no Fisher matrix), {words}"),
+    ]
+
+
+def _norms(shown: Shown) -> list[Found]:
+    words = "weights of more than one dimension"
+    found = [
+        Found("weight norm", weight_norm(shown.model), EXACT, "weights", words),
+        Found("sum of log norms", log_norms(shown.model), EXACT, "log weights", f"by layer, {words}"),
+    ]
+    if shown.initial is not None:
+        far = distance(shown.model, shown.initial())
+        found.append(Found("distance from the start", far, EXACT, "weights", f"‖w − w₀‖₂, {words}"))
+    return found
+
+
+def _by_batch(shown: Shown, ball: WeightBall, losses: Losses) -> list[Worst]:
+    how = shown.how
+    return [
+        worst_case(shown.model, [loss], ball, steps=how.climbs, restarts=how.restarts, seed=how.seed) for loss in losses
+    ]
+
+
+def _highest(name: str, worst: Sequence[Worst], shown: Shown, words: str) -> Found:
+    """The sum over batches. A maximum has no standard error; how far restarts differ is said in its place."""
+    starts = [sum(found.by_start[number] for found in worst) for number in range(shown.how.restarts + 1)]
+    settings = f"{words}, max over v for each batch of {shown.how.batch_size}, {_climb(shown)}"
+    note = f"by start: {', '.join(f'{value:.4g}' for value in starts)}"
+    return Found(name, sum(found.value for found in worst), math.nan, "nats", settings, note=note)
+
+
+def _climb(shown: Shown) -> str:
+    return f"{shown.how.climbs} steps from w and from {shown.how.restarts} random starts"
+
+
+def _trained(name: str, parameter: nn.Parameter) -> bool:
+    return parameter.requires_grad
+
+
+def _estimated(name: str, found: Estimate, unit: str, settings: str, sign: int = 1, note: str = "") -> Found:
+    return Found(name, found.value, found.standard_error, unit, settings, sign, note)
+
+
+def _over_directions(name: str, values: Sequence[float], unit: str, settings: str, sign: int = 1) -> Found:
+    found = mean(torch.tensor(values, dtype=torch.float64))
+    return Found(name, found.value, found.standard_error, unit, settings, sign)
+
+
+MEASURES: dict[str, Callable[[Shown], list[Found]]] = {
+    "average": _average,
+    "average-frozen": _frozen_average,
+    "adaptive-average": _adaptive_average,
+    "worst": _worst,
+    "adaptive": _adaptive,
+    "keskar": _keskar,
+    "tolerance": _tolerance,
+    "slices": _slices,
+    "curvature": _curvature,
+    "density": _density,
+    "gradients": _gradients,
+    "norms": _norms,
+}
