@@ -1,4 +1,4 @@
-"""The command line: `saltflat demo | recipes | train | evaluate | export | landscape | report`.
+"""The command line: `saltflat demo | recipes | train | evaluate | export | landscape | flatness | study | report`.
 
 Parsing and doing are apart: each command below only says what to do, as a function without arguments, so that bad
 input is one line on stderr and exit code 2 before anything was touched. torch is imported when the doing begins.
@@ -41,10 +41,10 @@ else:
         tyro.conf.arg(name=""),
     ]
 
-app = tyro.extras.SubcommandApp()
+app, studies = tyro.extras.SubcommandApp(), tyro.extras.SubcommandApp()
 
 
-def command(function: Callable[..., Job]) -> Callable[..., Job]:
+def command(function: Callable[..., Job], of: tyro.extras.SubcommandApp = app) -> Callable[..., Job]:
     """Makes a command of a function, whose arguments are held to what their types say."""
     valid = pydantic.validate_call(config=pydantic.ConfigDict(allow_inf_nan=False))(function)
 
@@ -55,8 +55,13 @@ def command(function: Callable[..., Job]) -> Callable[..., Job]:
         except pydantic.ValidationError as error:
             raise refusal(error) from None
 
-    app.command(call)
+    of.command(call)
     return call
+
+
+def study_command(function: Callable[..., Job]) -> Callable[..., Job]:
+    """The same, for `saltflat study NAME`."""
+    return command(function, studies)
 
 
 @app.command
@@ -348,6 +353,69 @@ def flatness(
     return job
 
 
+@study_command
+def gap(
+    runs: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="[RUN ...]")] = (),
+    preset: Literal["small", "paper"] | None = None,
+    recipes: tuple[str, ...] = (),
+    listing: Path | None = None,
+    checkpoints: Annotated[tuple[str, ...], Field(min_length=1)] = ("last",),
+    floor: Annotated[float, Field(ge=0, le=100)] | None = None,
+    data_path: Path | None = None,
+    out: Folder | None = None,
+    workers: CountOrZero = 0,
+    dry: bool = False,
+) -> Job:
+    """Does the robust gap go with flatness? Train a grid of recipes, or take runs and checkpoints that are there;
+    measure them all, and write one page with the answer. Models are trained once; what was interrupted goes on.
+
+    Args:
+        runs: run folders to take; or else a preset, or a listing.
+        preset: small, more than 50 models on the bundled digits, minutes on a CPU; paper, CIFAR-10 with the published
+            hyper-parameters, days on a GPU.
+        recipes: beside a preset: further recipes by name, each trained with every seed.
+        listing: a YAML file that lists checkpoints of others: for each, name, file, network, data, data_path, eps, and
+            where needed mean, std, key, norm, step_size, cluster, axes.
+        checkpoints: beside runs: which of each (best, last, epoch-N); those of one run count as one in the bootstrap.
+        floor: training robust accuracy in percent below which a model is undertrained, and left out of the main result;
+            default the preset's, or 0.
+        data_path: where the data are.
+        out: folder of the study; default studies/gap-PRESET, or studies/gap.
+        workers: processes side by side; 0 takes one a core.
+        dry: list the models, and stop.
+    """
+    given = [name for name, value in (("runs", runs), ("preset", preset), ("listing", listing)) if value]
+    if len(given) != 1:
+        raise BadInput(f"preset: expected one of runs, a preset or a listing, got {' and '.join(given) or 'none'}")
+    if recipes and preset is None:
+        raise BadInput(f"recipes: go with a preset, got {recipes[0]!r}")
+
+    def job() -> None:
+        from saltflat.lab.study import gap
+
+        folder = out or Path("studies") / (f"gap-{preset}" if preset else "gap")
+        if preset is not None:
+            asked = gap.of_preset(preset, recipes, folder, data_path)
+        elif listing is not None:
+            asked = gap.of_files(listing, gap.SMALL, folder)
+        else:
+            asked = gap.of_runs(runs, checkpoints, gap.SMALL, data_path)
+        if floor is not None:
+            asked = gap.with_floor(asked, floor)
+        if dry:
+            print("\n".join(asked.tasks))
+            return
+        gap.study(asked, folder, workers or os.cpu_count() or 1)
+
+    return job
+
+
+@app.command
+def study() -> Job:
+    """Studies of many models, and of one over its epochs: `saltflat study gap`, `saltflat study process`."""
+    raise AssertionError("`parsed` goes to the studies' own commands")
+
+
 @command
 def report(runs: Runs, out: Path | None = None) -> Job:
     """Write one HTML page about runs: curves, gap, landscape, tables; it opens offline.
@@ -401,6 +469,8 @@ def parsed(arguments: Sequence[str]) -> Job:
     """The job that the arguments ask for. Raises BadInput, or SystemExit(0) after `--help`."""
     complaint = io.StringIO()
     words = list(arguments) or ["--help"]
+    if words == ["study"]:
+        words += ["--help"]
     going_on = words[0] == "train" and any(word == "--resume" or word.startswith("--resume=") for word in words)
     columns = os.environ.get("COLUMNS")
     try:
@@ -409,7 +479,8 @@ def parsed(arguments: Sequence[str]) -> Job:
         with contextlib.redirect_stderr(complaint):
             if going_on:
                 return tyro.cli(resume, args=words[1:], prog="saltflat train", config=MARKERS)
-            job: Job = app.cli(args=words, prog="saltflat", config=MARKERS)
+            of, start = (studies, "saltflat study") if words[0] == "study" else (app, "saltflat")
+            job: Job = of.cli(args=words[of is studies :], prog=start, config=MARKERS)
             return job
     except SystemExit as stop:
         if not stop.code:

@@ -10,8 +10,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from saltflat.lab import record, trainings
-from saltflat.lab.config import BadInput
+from saltflat.lab import trainings
 from saltflat.lab.console import report, say
 from saltflat.lab.evaluations import How, evaluation
 from saltflat.lab.landscapes import How as Slice
@@ -29,12 +28,9 @@ def run(out: Path, seeds: int) -> None:
     runs = {
         out / f"{method}-seed{seed}": replace(RECIPES[method], seed=seed) for method in METHODS for seed in range(seeds)
     }
-    there = [folder for folder in runs if folder.exists()]
-    for folder in there:
-        if record.read_config(folder) != runs[folder]:
-            raise BadInput(f"out: {folder} is a run of another config; choose another folder")
+    trainings.check_free(runs)
     for folder, config in runs.items():
-        trainings.resume(folder) if folder in there else trainings.train(config, folder)
+        trainings.made(config, folder)
         for checkpoint in ("best", "last"):
             evaluation(from_run(folder, checkpoint), ("clean", "fgsm", "pgd-20", "cw-20"), "test", 0, How(512))
         line(from_run(folder, "last"), ALPHAS, 1, Slice(examples=400, batch_size=400))

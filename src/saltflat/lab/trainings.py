@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,19 @@ def train(config: Train, out: Path) -> None:
     }
     record.create(out, config, versions, measured)
     _train(ready, out, None)
+
+
+def check_free(runs: Mapping[Path, Train]) -> None:
+    """BadInput if one of these folders is a run of another config."""
+    for out, config in runs.items():
+        if out.exists() and record.read_config(out) != config:
+            raise BadInput(f"out: {out} is a run of another config; choose another folder")
+
+
+def made(config: Train, out: Path) -> None:
+    """A run of this config in the folder `out`: trained, gone on with, or left alone where it is whole."""
+    check_free({out: config})
+    resume(out) if out.exists() else train(config, out)
 
 
 def resume(out: Path) -> None:
