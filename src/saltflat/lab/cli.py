@@ -259,8 +259,7 @@ def landscape(
         device: auto, cpu, cuda, or cuda:N.
         out: the page; default report.html in the run's folder, or beside several.
     """
-    if points < 3 or points % 2 == 0:
-        raise BadInput(f"points: expected an odd number >= 3, got {points}")
+    _check_points(points)
     if directions > 1 and (direction == "adversarial" or dimensions == 2):
         raise BadInput(f"directions: expected 1 unless they are random and 1-D, got {directions}")
 
@@ -410,6 +409,57 @@ def gap(
     return job
 
 
+@study_command
+def process(
+    run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")],
+    reach: Positive = 1.0,
+    points: Count = 21,
+    directions: Count = 2,
+    examples: CountOrZero = 512,
+    steps: Count = 10,
+    draws: Count = 10,
+    seed: CountOrZero = 0,
+    data_path: Path | None = None,
+    out: Folder | None = None,
+    workers: CountOrZero = 0,
+) -> Job:
+    """Does the landscape sharpen as the gap opens? Gap, landscape and flatness of one run over its epochs, before and
+    after each drop of the learning rate, at the best and the last: the paper's first experiment.
+
+    Args:
+        run: a run that was trained with --keep-every.
+        reach: largest alpha, in units of the filter-normalised direction.
+        points: alphas, an odd number, so that 0 is one of them.
+        directions: random directions, the same for all epochs.
+        examples: test images of the landscape, and training images of the flatness, stratified; 0 takes all.
+        steps: of the PGD that attacks at each point, and under each perturbation of w.
+        draws: of average-case noise.
+        seed: of all draws.
+        data_path: where the run's data are now; default where they were.
+        out: folder of the page; default the run's.
+        workers: processes side by side; 0 takes one a core.
+    """
+    _check_points(points)
+
+    def job() -> None:
+        from saltflat.lab.gaps import How as GapHow
+        from saltflat.lab.landscapes import How as Slice
+        from saltflat.lab.measures import How
+        from saltflat.lab.study import process
+
+        plan = process.Plan(
+            reach,
+            points,
+            directions,
+            Slice(examples=examples, steps=steps, seed=seed),
+            GapHow(steps=2 * steps, seed=seed),
+            How(examples=examples, steps=steps, draws=draws, directions=directions, seed=seed),
+        )
+        process.study(run, plan, out or run, workers or os.cpu_count() or 1, data_path)
+
+    return job
+
+
 @app.command
 def study() -> Job:
     """Studies of many models, and of one over its epochs: `saltflat study gap`, `saltflat study process`."""
@@ -460,6 +510,11 @@ def demo(out: Folder = Path("runs/demo"), seeds: Count = 3) -> Job:
         demo.run(out, seeds)
 
     return job
+
+
+def _check_points(points: int) -> None:
+    if points < 3 or points % 2 == 0:
+        raise BadInput(f"points: expected an odd number >= 3, got {points}")
 
 
 MARKERS = (tyro.conf.OmitSubcommandPrefixes, tyro.conf.AvoidSubcommands, tyro.conf.CascadeSubcommandArgs)

@@ -98,13 +98,21 @@ def kept_epochs(config: Train) -> set[int]:
     >>> sorted(kept_epochs(Train(keep_every=20, optimizer=Optimizer(epochs=60))))
     [1, 20, 30, 31, 40, 45, 46, 60]
     """
-    epochs, rate = config.optimizer.epochs, build.plan(config).learning_rate
     if config.keep_every == 0:
         return set()
+    every = range(config.keep_every, config.optimizer.epochs + 1, config.keep_every)
+    return {1, *every, *drops(config), *(epoch + 1 for epoch in drops(config))}
+
+
+def drops(config: Train) -> list[int]:
+    """The last epochs before the learning rate falls to less than half.
+
+    >>> drops(Train())
+    [30, 45]
+    """
+    epochs, rate = config.optimizer.epochs, build.plan(config).learning_rate
     rates = {epoch: rate((epoch - 0.5) / epochs) for epoch in range(1, epochs + 1)}
-    drops = [epoch for epoch in range(1, epochs) if rates[epoch + 1] < rates[epoch] / 2]
-    every = range(config.keep_every, epochs + 1, config.keep_every)
-    return {1, *every, *drops, *(epoch + 1 for epoch in drops)}
+    return [epoch for epoch in range(1, epochs) if rates[epoch + 1] < rates[epoch] / 2]
 
 
 def _ready(config: Train) -> Ready:

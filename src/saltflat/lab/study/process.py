@@ -1,0 +1,139 @@
+"""`saltflat study process`: the robust gap and the weight loss landscape of one run over its epochs, before and after
+each drop of the learning rate, at the best epoch and at the last. It is the first experiment of the AWP paper (Wu, Xia,
+Wang, arXiv 2004.05884, section 3): does the landscape sharpen as the gap opens?
+
+    RUN/gaps, RUN/landscapes, RUN/flatness   what is measured of each checkpoint
+    OUT/process.json  process.csv  process.html
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from saltflat.lab import landscapes, record
+from saltflat.lab.config import BadInput, Train
+from saltflat.lab.console import say
+from saltflat.lab.flatness import flatness
+from saltflat.lab.gaps import How as GapHow
+from saltflat.lab.gaps import robust_gap
+from saltflat.lab.measures import How
+from saltflat.lab.study.workers import side_by_side
+from saltflat.lab.subjects import from_run
+from saltflat.lab.trainings import drops
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is measured at every checkpoint."""
+
+    reach: float
+    points: int
+    directions: int
+    slice: landscapes.How
+    gap: GapHow
+    how: How
+
+
+@dataclass(frozen=True)
+class Moment:
+    """A checkpoint, the epoch that it is of, and why it is looked at."""
+
+    run: Path
+    checkpoint: str
+    epoch: int
+    role: str
+    plan: Plan
+    data_path: Path | None
+
+
+def study(run: Path, plan: Plan, out: Path, workers: int, data_path: Path | None) -> None:
+    """Measure all kept checkpoints, and write the page; what is there already is read."""
+    config, epochs = record.read_config(run), record.read_metrics(run)
+    moments = {moment.checkpoint: moment for moment in _moments(run, config, epochs, plan, data_path)}
+    found = side_by_side(_measured, moments, workers, out / "logs", _in_words)
+    report = {
+        "run": run.absolute().name,
+        "recipe": config.recipe,
+        "seed": config.seed,
+        "epochs": config.optimizer.epochs,
+        "drops": drops(config),
+        "alphas": landscapes.symmetric(plan.reach, plan.points),
+        "settings": next(iter(found.values()))["settings"],
+        "points": [{key: value for key, value in point.items() if key != "settings"} for point in found.values()],
+        "trajectory": [
+            {
+                "epoch": line["epoch"],
+                "learning_rate": line["learning_rate"],
+                "train": line["train"],
+                "test": line["test"],
+            }
+            for line in epochs
+        ],
+        "evaluation": record.read_again(run / "evaluation.json"),
+    }
+    record.write_json(out / "process.json", report)
+    say(f"{len(found)} checkpoints; {out / 'process.json'}")
+
+
+def _moments(
+    run: Path, config: Train, epochs: Sequence[Mapping[str, Any]], plan: Plan, data_path: Path | None
+) -> list[Moment]:
+    """The kept epochs, the best and the last; each epoch once, by its first name here."""
+    kept = {path.stem for path in (run / "checkpoints").glob("*.safetensors")}
+    numbers = sorted(int(name.removeprefix("epoch-")) for name in kept if name.removeprefix("epoch-").isdigit())
+    if len(numbers) < 2:
+        there = ", ".join(sorted(kept)) or "none"
+        raise BadInput(f"run: expected checkpoints of several epochs in {run} (train with --keep-every N), got {there}")
+    if not epochs:
+        raise BadInput(f"run: expected metrics of epochs in {run}, got none")
+    best = next((line["epoch"] for line in reversed(epochs) if line.get("best")), None)
+    last = int(epochs[-1]["epoch"])
+    names: dict[int, str] = {number: f"epoch-{number}" for number in numbers}
+    for epoch, name in ((last, "last"), (best, "best")):
+        if epoch is not None and name in kept:
+            names.setdefault(epoch, name)
+    before, after = "before a drop of the rate", "after a drop of the rate"
+    roles = dict.fromkeys(drops(config), before) | {drop + 1: after for drop in drops(config)}
+    return [
+        Moment(run, name, epoch, ", ".join(filter(None, (roles.get(epoch), _end(epoch, best, last)))), plan, data_path)
+        for epoch, name in sorted(names.items())
+    ]
+
+
+def _end(epoch: int, best: int | None, last: int) -> str:
+    return ", ".join(name for name, at in (("best on validation", best), ("last", last)) if epoch == at)
+
+
+def _measured(moment: Moment) -> dict[str, Any]:
+    """One checkpoint, measured or read again."""
+    of = from_run(moment.run, moment.checkpoint, data_path=moment.data_path)
+    plan = moment.plan
+    gap = robust_gap(of, plan.gap)
+    line = landscapes.line(of, landscapes.symmetric(plan.reach, plan.points), plan.directions, plan.slice)
+    flat = flatness(of, ("average", "slices", "norms"), plan.how)
+    return {
+        "checkpoint": moment.checkpoint,
+        "epoch": moment.epoch,
+        "role": moment.role,
+        "train": gap["train"],
+        "test": gap["test"],
+        "gap": gap["gap"],
+        "curves": [curve["robust_loss"] for curve in line["curves"]],
+        "measures": flat["measures"],
+        "settings": {
+            "gap": f"{gap['settings']['attack']}; n = {gap['n']['train']} training and {gap['n']['test']} test images",
+            "landscape": {"n": line["n"], "split": line["split"], **line["settings"]},
+            "flatness": {"n": flat["n"], "split": flat["split"], **flat["settings"]},
+        },
+    }
+
+
+def _in_words(point: Mapping[str, Any]) -> str:
+    return (
+        f"epoch {point['epoch']}{': ' + point['role'] if point['role'] else ''}, robust train "
+        f"{point['train']['robust_accuracy']:.1%}, test {point['test']['robust_accuracy']:.1%}, "
+        f"gap {point['gap']['loss']:.3f} nats"
+    )
