@@ -287,8 +287,8 @@ def _coarse_first(indices: Sequence[int]) -> list[int]:
 
 def _read_part(part: Path, points: int, examples: int) -> Arrays:
     try:
-        with np.load(part, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
+        with open(part, "rb") as file, np.load(file, allow_pickle=False) as read:
+            arrays = {name: read[name] for name in read.files}
         if arrays["done"].shape != (points,) or arrays["robust_loss"].shape != (points, examples):
             raise ValueError("its shapes are of another measurement")
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
