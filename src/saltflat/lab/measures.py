@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -216,9 +216,19 @@ def _slices(shown: Shown) -> list[Found]:
     )
     areas = [area(alphas, g) for g in finite]
     widths = [half_width(alphas, g, threshold) for g in finite]
+    wide = sum(width > reach for width in widths)
     return [
         _over_directions("landscape area", areas, "nats", words),
-        _over_directions("landscape half-width", widths, "of ‖w‖", f"first rise by {threshold} nats; {words}", sign=-1),
+        replace(
+            _over_directions(
+                "landscape half-width",
+                [min(width, reach) for width in widths],  # or the flattest models would have no number
+                "of ‖w‖",
+                f"first rise by {threshold} nats, at most {reach:g}; {words}",
+                sign=-1,
+            ),
+            note=f"along {wide} of {len(widths)} directions it is not reached by {reach:g}" if wide else "",
+        ),
     ]
 
 
