@@ -210,7 +210,7 @@ def _varying(models: Sequence[Model]) -> list[Model]:
     for model in models:
         for name, value in model.axes.items():
             values.setdefault(name, set()).add(repr(value))
-    kept = {name for name, found in values.items() if len(found) > 1 or name in ("seed", "method")}
+    kept = {name for name, found in values.items() if len(found) > 1 or name == "seed"}
     return [replace(model, axes={n: _text(v) for n, v in model.axes.items() if n in kept}) for model in models]
 
 

@@ -42,6 +42,7 @@ class Source(Protocol):
     """Where a model comes from. `subject` may take long, and raises FloatingPointError for a training that failed."""
 
     def subject(self) -> Subject: ...
+    def method(self) -> str: ...
     def axes(self) -> Mapping[str, Any]: ...
 
 
@@ -57,6 +58,9 @@ class Trained:
         made(self.config, self.folder)
         return from_run(self.folder, self.checkpoint, self.config.device)
 
+    def method(self) -> str:
+        return self.config.recipe
+
     def axes(self) -> Mapping[str, Any]:
         return grid.axes(self.config) | {"checkpoint": self.checkpoint}
 
@@ -71,6 +75,9 @@ class Existing:
 
     def subject(self) -> Subject:
         return from_run(self.folder, self.checkpoint, data_path=self.data_path)
+
+    def method(self) -> str:
+        return record.read_config(self.folder).recipe
 
     def axes(self) -> Mapping[str, Any]:
         return grid.axes(record.read_config(self.folder)) | {"checkpoint": self.checkpoint}
@@ -88,6 +95,9 @@ class OfOthers:
 
     def subject(self) -> Subject:
         return from_file(self.file, self.about, self.threat, "auto", self.folder)
+
+    def method(self) -> str:
+        return str(self.said.get("method", "not on record"))
 
     def axes(self) -> Mapping[str, Any]:
         return self.said
@@ -119,7 +129,8 @@ def row(task: Task) -> Row:
     try:
         of = task.source.subject()
     except FloatingPointError as error:
-        return Row(Model(task.name, task.run, task.source.axes(), {}, {}, {}, note=f"training failed: {error}"))
+        note = f"training failed: {error}"
+        return Row(Model(task.name, task.run, task.source.method(), task.source.axes(), {}, {}, {}, note=note))
     plan = task.plan
     gap = robust_gap(of, plan.gap)
     once = _rows(flatness(of, plan.measures, plan.how))
@@ -128,6 +139,7 @@ def row(task: Task) -> Row:
     model = Model(
         name=task.name,
         cluster=task.run,
+        method=task.source.method(),
         axes=task.source.axes(),
         targets={
             "gap_loss": gap["gap"]["loss"],

@@ -1,0 +1,249 @@
+"""What is made of tables in which it is known what goes with the gap."""
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from run_folders import plain
+from study_tables import grid, names
+
+from saltflat.lab.config import BadInput
+from saltflat.lab.study.findings import Estimate, Findings, Verdict, as_record, findings, verdict
+from saltflat.lab.study.table import (
+    GAP_ACCURACY,
+    GAP_LOSS,
+    NEGATIVE,
+    TARGETS,
+    Measure,
+    Model,
+    Table,
+    column,
+    from_record,
+    read_table,
+    write_table,
+)
+from saltflat.lab.study.table import as_record as table_record
+from saltflat.lab.study.words import headline, left_out
+
+KINDS = {"sharp": "gap", "confounded": "loss", "against": "reversed", "noise": "noise", "width": "width"}
+
+
+def analysed(table: Table) -> Findings:
+    return findings(table, resamples=300, permutations=199)
+
+
+def said(found: Findings) -> str:
+    return plain(" ".join(f"{sentence.claim} {sentence.evidence}" for sentence in headline(found)))
+
+
+def verdicts(found: Findings, target: str = GAP_LOSS) -> dict[str, str]:
+    return {one.measure.name: str(one.with_target(target).verdict) for one in found.measures}
+
+
+def test_measures_come_out_as_they_were_made() -> None:
+    found = analysed(grid(KINDS))
+    expected = {
+        "sharp": "supported",
+        "confounded": "explained",
+        "against": "contradicted",
+        "noise": "none",
+        "width": "supported",
+    }
+    assert verdicts(found) == expected
+    assert verdicts(found, GAP_ACCURACY) == expected
+    assert all(one.with_target(NEGATIVE).verdict is None for one in found.measures)
+    sharp, confounded, _, noise, width = (one.with_target(GAP_LOSS) for one in found.measures)
+    assert sharp.tau.low > 0.5
+    assert width.tau.high < -0.5
+    assert confounded.given_train_loss == Estimate(0, 0, 0)  # it orders models as training loss does
+    assert sharp.p == 1 / 200
+    assert noise.p > 0.05
+
+
+@pytest.mark.parametrize(
+    ("kind", "opening", "closing"),
+    [
+        ("gap", "Flatness goes with a small robust generalisation gap by the one measure", "The claim is supported by"),
+        ("width", "Flatness goes with a small robust generalisation gap by the one measure", "supported by m."),
+        ("loss", "but no measure says more about the gap than how far the model is trained", "Explained by how far"),
+        ("reversed", "Flatness does not go with a small robust generalisation gap", "The claim is contradicted by m."),
+        ("noise", "No association of flatness with the robust generalisation gap was found", "No association with the"),
+    ],
+)  # fmt: skip
+def test_words_follow_the_numbers_whichever_way_they_fall(kind: str, opening: str, closing: str) -> None:
+    text = said(analysed(grid({"m": kind})))
+    assert opening in text
+    assert closing in text
+    assert "One measure was looked at." in text
+    assert "48 models from 48 runs, 3 seeds, 4 methods." in text
+
+
+def test_words_say_what_tau_means_and_how_many_measures_were_looked_at() -> None:
+    found = analysed(grid(names(12, ["noise", "gap"])))
+    text = said(found)
+    assert "12 measures were looked at" in text
+    assert "0.6 of these" in text
+    tau = found.with_verdict(GAP_LOSS, Verdict.SUPPORTED)[0].with_target(GAP_LOSS).tau.value
+    assert f"of 100 pairs of models about {round(50 * (1 + tau))} are ordered alike" in text
+
+
+def test_few_runs_are_called_few() -> None:
+    small = grid({"m": "gap"}, seeds=1)
+    assert "16 runs are few: only |τ| of about 0.52 and more" in said(analysed(small))
+    assert "are few" not in said(analysed(grid({"m": "gap"})))
+
+
+def test_fewer_than_five_runs_say_nothing() -> None:
+    table = grid({"m": "gap"}, checkpoints=3)
+    few = analysed(replace(table, models=table.models[:12]))
+    assert few.models == 12
+    assert few.runs == 4
+    assert verdicts(few) == {"m": "too few"}
+    assert math.isnan(few.measures[0].with_target(GAP_LOSS).tau.value)
+    assert "Nothing can be said" in said(few)
+    for number in (0, 1):
+        assert "Nothing can be said" in said(analysed(replace(table, models=table.models[:number])))
+    assert "Nothing can be said" in said(analysed(replace(grid({}), measures=())))
+
+
+def test_a_measure_that_is_the_same_everywhere_has_no_verdict() -> None:
+    table = grid({"m": "gap", "same": "noise"})
+    models = tuple(replace(model, measures=dict(model.measures) | {"same": 1.0}) for model in table.models)
+    found = analysed(replace(table, models=models))
+    assert verdicts(found) == {"m": "supported", "same": "too few"}
+
+
+def test_the_rule_of_the_verdict() -> None:
+    above, below, around = Estimate(0.5, 0.2, 0.7), Estimate(-0.5, -0.7, -0.2), Estimate(0.1, -0.1, 0.3)
+    assert verdict(above, above, 1) is verdict(below, below, -1) is Verdict.SUPPORTED
+    assert verdict(above, around, 1) is verdict(above, below, 1) is Verdict.EXPLAINED
+    assert verdict(above, above, -1) is verdict(below, above, 1) is Verdict.CONTRADICTED
+    assert verdict(around, above, 1) is Verdict.NONE
+    assert verdict(above, Estimate(), 1) is Verdict.EXPLAINED
+    assert verdict(Estimate(), above, 1) is Verdict.TOO_FEW
+
+
+def test_undertrained_models_are_left_out_and_shown() -> None:
+    table = grid({"m": "gap"}, floor=60)
+    found = analysed(table)
+    accuracies = column(table.models, "controls", "train_robust_accuracy")
+    assert 10 < len(found.undertrained) == (accuracies < 60).sum() < 40
+    assert found.measures[0].models == found.models == (accuracies >= 60).sum()
+    association = found.measures[0].with_target(GAP_LOSS)
+    everyone = analysed(replace(table, floor=0)).measures[0].with_target(GAP_LOSS)
+    assert association.with_undertrained == everyone.tau
+    assert association.tau != everyone.tau
+    assert everyone.with_undertrained == everyone.tau
+    assert f"{len(found.undertrained)} undertrained models are left out" in said(found)
+    assert "None" not in said(found)
+
+
+def test_missing_and_infinite_values_are_dropped_measure_by_measure_and_counted() -> None:
+    table = grid({"m": "gap", "n": "gap"})
+    models = list(table.models)
+    for place, value in enumerate((math.nan, math.inf, None)):
+        models[place] = replace(models[place], measures=dict(models[place].measures) | {"m": value})
+    models[3] = replace(models[3], measures={})
+    models[4] = replace(models[4], targets=dict(models[4].targets) | {GAP_LOSS: None})
+    found = analysed(replace(table, models=tuple(models)))
+    assert found.incomplete == (models[4].name,)
+    assert [(one.models, one.missing) for one in found.measures] == [(43, 4), (46, 1)]
+    without = analysed(replace(table, models=tuple(models[5:])))
+    m, same = found.measures[0], without.measures[0]
+    assert m.with_target(GAP_LOSS).tau == same.with_target(GAP_LOSS).tau
+    assert "measure by measure: m (4), n (1)" in said(found)
+    assert "1 more model could not be measured" in said(found)
+
+
+def test_a_training_that_failed_is_named_and_counts_for_nothing() -> None:
+    table = grid({"m": "gap"})
+    failed = Model("failed", "failed", "at", {"objective": "at"}, {}, {}, {}, note="training failed: out of memory")
+    with_it, without = analysed(replace(table, models=(failed, *table.models))), analysed(table)
+    assert with_it.incomplete == ("failed",)
+    assert as_record(replace(with_it, incomplete=())) == as_record(without)
+    (note,) = left_out(replace(table, models=(failed, *table.models)), with_it)
+    assert (note.claim, "out of memory" in note.evidence) == ("failed", True)
+
+
+def test_checkpoints_of_one_run_are_drawn_together() -> None:
+    once = grid({"m": "noise"})
+    copies = tuple(replace(one, name=f"{one.name} {copy}") for one in once.models for copy in range(3))
+    first, thrice = (analysed(table).measures[0] for table in (once, replace(once, models=copies)))
+    assert (thrice.models, thrice.runs) == (144, 48)
+    for target in TARGETS:
+        before, after = first.with_target(target), thrice.with_target(target)
+        assert after.tau.value == pytest.approx(before.tau.value)
+        assert (after.tau.low, after.tau.high) == pytest.approx((before.tau.low, before.tau.high))
+
+
+def test_the_noise_floor_tells_what_repeats_from_what_does_not() -> None:
+    table = grid({"m": "gap", "n": "noise"})
+    draws = np.random.default_rng(0)
+    models = tuple(replace(one, again={"m": one.measures["m"], "n": draws.normal()}) for one in table.models[:20])
+    rest = tuple(replace(one, again={}) for one in table.models[20:])
+    repeats, noise = analysed(replace(table, models=models + rest)).measures
+    assert (repeats.repeated, repeats.intraclass, repeats.repeated_tau) == (20, 1, 1)
+    assert abs(noise.intraclass) < 0.5
+    never = analysed(replace(table, models=rest)).measures[0]
+    assert never.repeated == 0
+    assert math.isnan(never.intraclass)
+
+
+def test_axes_are_those_of_the_grid_and_methods_are_left_out_in_turn() -> None:
+    association = analysed(grid({"m": "gap"})).measures[0].with_target(GAP_LOSS)
+    assert [axis.name for axis in association.axes] == ["objective", "learning_rate", "examples"]
+    assert [axis.pairs for axis in association.axes] == [72, 24, 24]
+    assert association.psi == pytest.approx(np.mean([axis.psi for axis in association.axes]))
+    assert association.without_method.keys() == {"at", "trades", "at-awp", "random-wp"}
+    assert association.worst_sign_error == max(axis.sign_error(1) for axis in association.axes)
+
+
+def test_controls_stand_in_a_measure_s_place() -> None:
+    loss, norm = analysed(grid({"m": "gap"})).controls
+    assert loss.with_target(GAP_LOSS).tau.high < 0
+    assert loss.with_target(GAP_LOSS).given_train_loss == Estimate(0, 0, 0)
+    assert norm.with_target(GAP_LOSS).tau.low < 0 < norm.with_target(GAP_LOSS).tau.high
+
+
+def test_equal_tables_give_equal_findings_and_others_seeds_others() -> None:
+    table = grid({"m": "noise"})
+    record = json.dumps(as_record(analysed(table)), allow_nan=False)
+    assert record == json.dumps(as_record(analysed(table)), allow_nan=False)
+    other = findings(table, resamples=300, permutations=199, seed=1).measures[0].with_target(GAP_LOSS)
+    assert other.tau.low != analysed(table).measures[0].with_target(GAP_LOSS).tau.low
+    assert other.tau.value == analysed(table).measures[0].with_target(GAP_LOSS).tau.value
+
+
+def test_a_table_is_read_as_it_was_written(tmp_path: Path) -> None:
+    table = grid({"m": "gap", "n": "noise"})
+    first = replace(table.models[0], measures={"m": math.nan, "n": 1.0}, note="odd")
+    table = replace(table, models=(first, *table.models[1:]))
+    write_table(table, tmp_path / "table.json")
+    again = read_table(tmp_path / "table.json")
+    assert again.models[0].measures == {"m": None, "n": 1.0}
+    assert again.models[1:] == table.models[1:]
+    assert replace(again, models=table.models) == table
+    assert from_record(table_record(again)) == again
+    assert "NaN" not in (tmp_path / "table.json").read_text()
+
+
+def test_what_is_no_table_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "table.json"
+    for text in ("", "[]", "{}", '{"measures": 1, "models": []}', '{"measures": [{}], "models": []}', "{"):
+        path.write_text(text)
+        with pytest.raises(BadInput, match="is no table of a study"):
+            read_table(path)
+    with pytest.raises(BadInput, match="is no table of a study"):
+        read_table(tmp_path / "none.json")
+    table = grid({"m": "gap"})
+    with pytest.raises(ValueError, match="models: expected names that are unique"):
+        replace(table, models=(*table.models, table.models[0]))
+    with pytest.raises(ValueError, match="measures: expected names that are unique"):
+        replace(table, measures=table.measures * 2)
+    with pytest.raises(ValueError, match="measures: expected one of"):
+        replace(table, measures=())
+    with pytest.raises(ValueError, match="sign: expected"):
+        Measure("m", "", "", 0)
