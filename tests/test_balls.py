@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from saltflat.balls import L1, L2, Filterwise, Global, Layerwise, Linf
+from saltflat.balls import L1, L2, Box, Ellipsoid, Filterwise, Global, Layerwise, Linf
 from saltflat.random import PerExample
 
+TOGETHER = (Global, Ellipsoid, Box)  # whose tensors share one radius
 SHAPES = {"w1": (3, 4), "w2": (2, 3, 2, 2), "b": (5,)}
 
 
@@ -22,7 +23,7 @@ class Case:
     centre: Any
     cut: Any  # member -> list of (row, radius): an independent statement of the ball's geometry
     order: float  # of the norm
-    per_tensor_zero: bool = True
+    dual_cut: Any = None  # the same of a gradient, where that is cut otherwise than a member
 
     def like(self, scale=1.0):
         if isinstance(self.centre, dict):
@@ -58,6 +59,15 @@ def all_together(radius, relative):
     return cut
 
 
+def stretched(radius, offset, power):
+    """One row over all tensors, in units of |w| + offset: members are divided by it, gradients multiplied."""
+
+    def cut(member, centre):
+        return [(torch.cat([(v * (centre[n].abs() + offset) ** power).flatten() for n, v in member.items()]), radius)]
+
+    return cut
+
+
 def cases(dtype):
     torch.manual_seed(1)
     weights = {name: torch.randn(shape, dtype=dtype) for name, shape in SHAPES.items()}
@@ -73,6 +83,10 @@ def cases(dtype):
         found.append(Case("Filterwise", Filterwise(radius), weights, by_filter(radius), 2))
         found.append(Case("Global", Global(radius), weights, all_together(radius, False), 2))
         found.append(Case("Global relative", Global(radius, relative=True), weights, all_together(radius, True), 2))
+        for offset in (0.0, 1.0):
+            cuts = stretched(radius, offset, -1), stretched(radius, offset, 1)
+            found.append(Case(f"Ellipsoid {offset}", Ellipsoid(radius, offset), weights, cuts[0], 2, cuts[1]))
+            found.append(Case(f"Box {offset}", Box(radius, offset), weights, cuts[0], math.inf, cuts[1]))
     return found
 
 
@@ -115,7 +129,8 @@ def is_member(case, v, tolerance):
 def test_steepest_attains_hoelder_equality(case, tolerance):
     g = case.like()
     dual = {math.inf: 1, 2: 2, 1: math.inf}[case.order]
-    best = sum(radius * row.double().norm(p=dual).item() for row, radius in case.cut(g, case.centre))
+    rows = (case.dual_cut or case.cut)(g, case.centre)
+    best = sum(radius * row.double().norm(p=dual).item() for row, radius in rows)
     v = case.ball.steepest(g, case.centre)
     assert inner_product(g, v) == pytest.approx(best, rel=10 * tolerance)
     assert is_member(case, v, tolerance)
@@ -135,9 +150,9 @@ def test_zero_or_non_finite_gradient_gives_no_step(case, tolerance, bad):
     if bad == 0:
         first[0] = 0.0 if case.ball.__class__ in (Linf, L2, L1, Filterwise) else first[0]
     whole = first[0] if first.ndim > 1 else first
-    if bad == 0 and case.ball.__class__ in (Layerwise, Global):
+    if bad == 0 and case.ball.__class__ in (Layerwise, *TOGETHER):
         first.zero_()
-        if isinstance(case.ball, Global):
+        if isinstance(case.ball, TOGETHER):
             for tensor in g.values():
                 tensor.zero_()
     elif bad != 0:
@@ -145,7 +160,8 @@ def test_zero_or_non_finite_gradient_gives_no_step(case, tolerance, bad):
     clean = case.ball.steepest(case.like(), case.centre)
     v = case.ball.steepest(g, case.centre)
     assert all(tensor.isfinite().all() for tensor in items(v).values())
-    stopped = {Layerwise: "tensor", Global: "all"}.get(case.ball.__class__, "example")
+    stopped = {Layerwise: "tensor"} | dict.fromkeys(TOGETHER, "all")
+    stopped = stopped.get(case.ball.__class__, "example")
     one = next(iter(items(v).values()))
     if stopped == "all":
         assert all((tensor == 0).all() for tensor in v.values())
@@ -171,16 +187,13 @@ def test_projection_inside_on_and_outside(case, tolerance):
 
 
 def test_projection_is_the_nearest_member(case, tolerance):
+    """In the Euclidean norm, or in that of v / (|w| + offset) if the ball is stretched."""
     v = case.like(3.0)
     projected = case.ball.project(v, case.centre)
 
     def distance(member):
-        return math.sqrt(
-            sum(
-                (a.double() - b.double()).pow(2).sum().item()
-                for a, b in zip(items(member).values(), items(v).values(), strict=True)
-            )
-        )
+        apart = {name: a - v[name] for name, a in member.items()} if isinstance(member, dict) else member - v
+        return math.sqrt(sum(row.double().square().sum().item() for row, _ in case.cut(apart, case.centre)))
 
     generator = torch.Generator().manual_seed(0)
     for surface in (False, True):
@@ -227,11 +240,40 @@ def test_radius_zero_is_a_point(case, tolerance):
         assert all((tensor == 0).all() for tensor in items(v).values())
 
 
-@pytest.mark.parametrize("ball", [Linf, L2, L1, Layerwise, Filterwise, Global])
+@pytest.mark.parametrize("ball", [Linf, L2, L1, Layerwise, Filterwise, Global, Ellipsoid, Box])
 @pytest.mark.parametrize("radius", [-1e-9, math.nan, math.inf])
 def test_refuses_a_radius_that_is_none(ball, radius):
     with pytest.raises(ValueError, match="radius: expected a finite number >= 0"):
         ball(radius)
+
+
+@pytest.mark.parametrize("ball", [Ellipsoid, Box])
+@pytest.mark.parametrize("offset", [-1e-9, math.nan, math.inf])
+def test_refuses_an_offset_that_is_none(ball, offset):
+    with pytest.raises(ValueError, match="offset: expected a finite number >= 0"):
+        ball(0.1, offset)
+
+
+@pytest.mark.parametrize("ball", [Ellipsoid(0.5), Box(0.5)])
+def test_a_weight_that_is_zero_stays_zero_without_an_offset(ball):
+    """And the others fill the ball that is left: of 2 dimensions, not of 4."""
+    w = {"a": torch.tensor([0.0, 2.0, 0.0]).double(), "b": torch.tensor([-1.0]).double()}
+    order = 2 if isinstance(ball, Ellipsoid) else math.inf
+    alive = lambda v: torch.stack([v["a"][1] / 2, v["b"][0]]).norm(p=order).item() / 0.5
+    generator, fractions = torch.Generator().manual_seed(0), []
+    for _ in range(1000):
+        inside, on = ball.sample(w, generator), ball.sample(w, generator, surface=True)
+        assert inside["a"][[0, 2]].tolist() == on["a"][[0, 2]].tolist() == [0, 0]
+        assert alive(on) == pytest.approx(1)
+        fractions.append(alive(inside) ** 2)
+    assert abs(sum(fractions) / 1000 - 0.5) < 5 / math.sqrt(12 * 1000)
+    far = {"a": torch.tensor([7.0, 0.125, -7.0]).double(), "b": torch.tensor([0.25]).double()}
+    assert ball.project(far, w)["a"].tolist() == [0, 0.125, 0]
+    assert ball.project(far, w)["b"].tolist() == [0.25]
+    assert ball.steepest(far, w)["a"][[0, 2]].tolist() == [0, 0]
+    nothing = {"a": torch.zeros(3), "b": torch.zeros(1)}
+    for v in (ball.sample(nothing, generator), ball.steepest(far, nothing), ball.project(far, nothing)):
+        assert not torch.cat(list(v.values())).any()
 
 
 @pytest.mark.parametrize(("ball", "order"), [(Linf(0.3), math.inf), (L2(0.7), 2), (L1(0.7), 1)])

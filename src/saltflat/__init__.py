@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from saltflat.averaging import ema as ema
     from saltflat.balls import L1 as L1
     from saltflat.balls import L2 as L2
+    from saltflat.balls import Box as Box
+    from saltflat.balls import Ellipsoid as Ellipsoid
     from saltflat.balls import Filterwise as Filterwise
     from saltflat.balls import Global as Global
     from saltflat.balls import Layerwise as Layerwise
@@ -32,7 +34,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "random": ["PerExample"],
-    "balls": ["Linf", "L2", "L1", "Layerwise", "Global", "Filterwise"],
+    "balls": ["Linf", "L2", "L1", "Layerwise", "Global", "Ellipsoid", "Box", "Filterwise"],
     "objectives": ["Natural", "AT", "TRADES", "MART"],
     "inputs": ["FGSM", "PGD"],
     "weights": ["perturbed", "displaced", "gradient"],

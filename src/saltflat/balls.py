@@ -13,10 +13,12 @@ Input balls hold for every example of a batch by itself: tensors are (N, ...) of
 v must stay in; it enters only `project` and `sample`. Weight balls act on {name: tensor}.
 
 A zero or non-finite gradient gives the step 0: per example for inputs, per tensor for `Layerwise`, per filter for
-`Filterwise`, everywhere for `Global`; and steepest(c g) = steepest(g) for every c > 0, however small the gradient is.
+`Filterwise`, everywhere for `Global`, `Ellipsoid` and `Box`; and steepest(c g) = steepest(g) for every c > 0, however
+small the gradient is.
 
 Sources: Madry et al., arXiv 1706.06083 (Linf, L2); Croce, Hein, arXiv 2103.01208 (L1); Wu, Xia, Wang, arXiv 2004.05884
-(Layerwise); Foret et al., arXiv 2010.01412 (Global); Li et al., arXiv 1712.09913 (Filterwise).
+(Layerwise); Foret et al., arXiv 2010.01412 (Global); Li et al., arXiv 1712.09913 (Filterwise); Kwon et al., arXiv
+2102.11600 (Ellipsoid, offset 0); Keskar et al., arXiv 1609.04836 (Box, offset 1).
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ from torch import Tensor
 from saltflat.random import Generator, normal, uniform
 
 Weights = Mapping[str, Tensor]
-Box = tuple[float, float] | None
+Range = tuple[float, float] | None
 
 
 class InputBall(Protocol):
@@ -45,7 +47,7 @@ class InputBall(Protocol):
     @property
     def radius(self) -> float: ...
     @property
-    def box(self) -> Box: ...
+    def box(self) -> Range: ...
     def steepest(self, gradient: Tensor, centre: Tensor) -> Tensor: ...
     def project(self, displacement: Tensor, centre: Tensor) -> Tensor: ...
     def sample(self, centre: Tensor, generator: Generator = None, surface: bool = False) -> Tensor: ...
@@ -79,7 +81,7 @@ class Linf:
     """
 
     radius: float
-    box: Box = (0.0, 1.0)
+    box: Range = (0.0, 1.0)
 
     def __post_init__(self) -> None:
         _check_radius(self.radius)
@@ -118,7 +120,7 @@ class L2:
     """
 
     radius: float
-    box: Box = (0.0, 1.0)
+    box: Range = (0.0, 1.0)
 
     def __post_init__(self) -> None:
         _check_radius(self.radius)
@@ -173,7 +175,7 @@ class L1:
     """
 
     radius: float
-    box: Box = (0.0, 1.0)
+    box: Range = (0.0, 1.0)
 
     def __post_init__(self) -> None:
         _check_radius(self.radius)
@@ -199,7 +201,7 @@ class L1:
         like = _rows(centre)
         spacings = -torch.log1p(-uniform(like, generator))  # exponential, so their shares of a sum are uniform
         faces = _unit(torch.where(uniform(like, generator) < 0.5, -spacings, spacings), 1)
-        v = _spread(faces, generator, surface) * self.radius
+        v = _spread(faces, generator, surface, like.shape[1]) * self.radius
         return _clamp_to_box(v.reshape(centre.shape), centre, self.box)
 
 
@@ -302,6 +304,90 @@ class Global:
         return self.radius * _norm(_joined(centre)) if self.relative else self.radius
 
 
+@dataclass(frozen=True)
+class Ellipsoid:
+    """{v : ‖v / c‖_2 <= radius} over all tensors together, c = |w| + offset: the ball of ASAM and adaptive sharpness.
+
+    Args:
+        radius: relative to the size of each weight (ASAM's rho).
+        offset: in units of the weights, what lets small ones move. With 0, a weight that is 0 stays 0.
+
+    gradient, displacement and centre are {name: tensor}; the names of the first must be in the centre.
+
+    >>> Ellipsoid(0.5).steepest({"l": torch.tensor([3.0, 2.0, 9.0])}, {"l": torch.tensor([1.0, 2.0, 0.0])})
+    {'l': tensor([0.3000, 0.8000, 0.0000])}
+    """
+
+    radius: float
+    offset: float = 0.0
+
+    def __post_init__(self) -> None:
+        _check_radius(self.radius)
+        _check_radius(self.offset, "offset")
+
+    def steepest(self, gradient: Weights, centre: Weights) -> dict[str, Tensor]:
+        """v = radius * c^2 g / ‖c g‖_2."""
+        c = _sizes(gradient, centre, self.offset)
+        return _split(_unit(c * _unit(_joined(gradient))) * c * self.radius, gradient)
+
+    def project(self, displacement: Weights, centre: Weights) -> dict[str, Tensor]:
+        """0 where c is 0, then all tensors scaled by one factor: the nearest member in the norm ‖v / c‖_2, not in the
+        Euclidean one.
+        """
+        c, v = _sizes(displacement, centre, self.offset), _joined(displacement)
+        norm = _norm(torch.where(c > 0, v / c, 0))
+        return _split(torch.where(norm > self.radius, v * (self.radius / norm), v).where(c > 0, 0), displacement)
+
+    def sample(self, centre: Weights, generator: Generator = None, surface: bool = False) -> dict[str, Tensor]:
+        """Uniform in the ellipsoid; or on its surface, as the unit sphere stretched by c."""
+        c = _sizes(centre, centre, self.offset)
+        directions = _unit(normal(c, generator).where(c > 0, 0))
+        v = _spread(directions, generator, surface, max(1, int((c > 0).sum())))
+        return _split(v * c * self.radius, centre)
+
+
+@dataclass(frozen=True)
+class Box:
+    """{v : |v_i| <= radius (|w_i| + offset)} for every weight: the box of Keskar et al. (offset 1), and of adaptive
+    sharpness in L-inf (offset 0).
+
+    Args:
+        radius: relative to the size of each weight.
+        offset: in units of the weights. With 0, a weight that is 0 stays 0.
+
+    gradient, displacement and centre are {name: tensor}; the names of the first must be in the centre.
+
+    >>> Box(0.5, offset=1.0).steepest({"l": torch.tensor([3.0, -0.1, 0.0])}, {"l": torch.tensor([1.0, 2.0, 3.0])})
+    {'l': tensor([ 1.0000, -1.5000,  0.0000])}
+    """
+
+    radius: float
+    offset: float = 0.0
+
+    def __post_init__(self) -> None:
+        _check_radius(self.radius)
+        _check_radius(self.offset, "offset")
+
+    def steepest(self, gradient: Weights, centre: Weights) -> dict[str, Tensor]:
+        """v_i = radius * (|w_i| + offset) * sign(g_i)."""
+        g = _joined(gradient)
+        return _split(torch.where(g.isfinite().all(), g.sign(), 0) * self._limit(gradient, centre), gradient)
+
+    def project(self, displacement: Weights, centre: Weights) -> dict[str, Tensor]:
+        """Clamp each number to its radius."""
+        limit = self._limit(displacement, centre)
+        return _split(_joined(displacement).clamp(-limit, limit), displacement)
+
+    def sample(self, centre: Weights, generator: Generator = None, surface: bool = False) -> dict[str, Tensor]:
+        """Uniform in the box; or on its surface, as the cube's faces stretched by |w| + offset."""
+        limit = self._limit(centre, centre)
+        v = (2 * uniform(limit, generator) - 1).where(limit > 0, 0)
+        return _split((_unit(v, math.inf) if surface else v) * limit, centre)
+
+    def _limit(self, like: Weights, centre: Weights) -> Tensor:
+        return self.radius * _sizes(like, centre, self.offset)
+
+
 # Balls relative to the centre: `cut` makes a matrix of a tensor, whose rows have radii of their own, radius * ‖w_row‖.
 
 Cut = Callable[[Tensor], Tensor]
@@ -345,17 +431,21 @@ def _joined(tensors: Weights) -> Tensor:
     return torch.cat([tensor.flatten() for tensor in tensors.values()])[None]
 
 
+def _sizes(like: Weights, centre: Weights, offset: float) -> Tensor:
+    return _joined({name: centre[name].abs() + offset for name in like})
+
+
 def _split(row: Tensor, like: Weights) -> dict[str, Tensor]:
     pieces = torch.split(row[0], [tensor.numel() for tensor in like.values()])
     return {name: piece.reshape(like[name].shape) for name, piece in zip(like, pieces, strict=True)}
 
 
-def _norm(rows: Tensor, order: int = 2) -> Tensor:
+def _norm(rows: Tensor, order: float = 2) -> Tensor:
     norm: Tensor = torch.linalg.vector_norm(rows, ord=order, dim=1, keepdim=True)
     return norm
 
 
-def _unit(rows: Tensor, order: int = 2) -> Tensor:
+def _unit(rows: Tensor, order: float = 2) -> Tensor:
     """Each row divided by its norm; 0 where the row is zero or not finite."""
     largest = rows.abs().amax(1, keepdim=True)
     usable = (largest > 0) & (largest < math.inf)  # false for NaN, too
@@ -406,27 +496,27 @@ def level(u: Tensor, b: Tensor, c: Tensor) -> Tensor:
 
 def _sample_rows(like: Tensor, generator: Generator, surface: bool) -> Tensor:
     """A point of the unit sphere per row, or of the unit ball."""
-    return _spread(_unit(normal(like, generator)), generator, surface)
+    return _spread(_unit(normal(like, generator)), generator, surface, like.shape[1])
 
 
-def _spread(directions: Tensor, generator: Generator, surface: bool) -> Tensor:
+def _spread(directions: Tensor, generator: Generator, surface: bool, dimensions: int) -> Tensor:
     """Points of a sphere, or the same at the distance u^(1/d) from 0 that the volume of balls asks for."""
     if surface:
         return directions
     # in fp64, since a power may differ in its last digit with the place that its row has in a batch
-    length = uniform(directions[:, :1], generator).double() ** (1 / directions.shape[1])
+    length = uniform(directions[:, :1], generator).double() ** (1 / dimensions)
     return directions * length.to(directions.dtype)
 
 
-def _clamp_to_box(displacement: Tensor, centre: Tensor, box: Box) -> Tensor:
+def _clamp_to_box(displacement: Tensor, centre: Tensor, box: Range) -> Tensor:
     return displacement if box is None else displacement.clamp(box[0] - centre, box[1] - centre)
 
 
-def _check_radius(radius: float) -> None:
+def _check_radius(radius: float, name: str = "radius") -> None:
     if not 0 <= radius < math.inf:
-        raise ValueError(f"radius: expected a finite number >= 0, got {radius!r}")
+        raise ValueError(f"{name}: expected a finite number >= 0, got {radius!r}")
 
 
-def _check_box(box: Box) -> None:
+def _check_box(box: Range) -> None:
     if box is not None and not box[0] < box[1]:
         raise ValueError(f"box: expected (low, high) with low < high, or None, got {box!r}")

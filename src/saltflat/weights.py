@@ -56,7 +56,7 @@ def gradient(model: nn.Module, loss: Closure | Sequence[Closure], *, where: Wher
     >>> gradient(model, lambda: model(torch.tensor([[3.0, 4.0]])).sum())["weight"]
     tensor([[3., 4.]])
     """
-    return _climbing_gradient(model, _closures(loss), _chosen(model, where))[0]
+    return _climbing_gradient(model, as_closures(loss), chosen_weights(model, where))[0]
 
 
 @contextmanager
@@ -158,8 +158,8 @@ def perturbed(
         raise ValueError(f"steps: a gradient at hand allows one step, got {steps!r}")
     if step_size is not None and not 0 <= step_size < math.inf:
         raise ValueError(f"step_size: expected a finite number >= 0, got {step_size!r}")
-    closures = [] if isinstance(loss, Mapping) else _closures(loss)
-    parameters = _chosen(model, where)
+    closures = [] if isinstance(loss, Mapping) else as_closures(loss)
+    parameters = chosen_weights(model, where)
     for given, tensors in (("start", start or {}), ("loss", loss if isinstance(loss, Mapping) else {})):
         if strange := [name for name in tensors if name not in parameters]:
             raise ValueError(f"{given}: {strange[0]!r} is none of the {len(parameters)} weights that are perturbed")
@@ -241,7 +241,7 @@ def _climbing_gradient(
     model: nn.Module, closures: Sequence[Closure], parameters: Mapping[str, nn.Parameter]
 ) -> tuple[dict[str, Tensor], Tensor]:
     """The gradient and the value of the (summed) loss at the weights as they stand."""
-    with _buffers_kept(model), _gradients_set_aside(model), torch.enable_grad():
+    with buffers_kept(model), _gradients_set_aside(model), torch.enable_grad():
         values = [_backward(closure) for closure in closures]
         found = {name: p.grad.detach() for name, p in parameters.items() if p.grad is not None}
         # Embeddings may give sparse gradients.
@@ -249,7 +249,8 @@ def _climbing_gradient(
         return dense, torch.stack(values).sum()
 
 
-def _closures(loss: Any) -> list[Closure]:
+def as_closures(loss: Any) -> list[Closure]:
+    """One closure or several, as a list; TypeError for anything else."""
     closures: list[Any] = list(loss) if isinstance(loss, Sequence) else [loss]
     if not closures or not all(callable(closure) for closure in closures):
         raise TypeError(
@@ -293,7 +294,7 @@ def _gradients_set_aside(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _buffers_kept(model: nn.Module) -> Iterator[None]:
+def buffers_kept(model: nn.Module) -> Iterator[None]:
     """Whatever the forwards inside do to buffers is undone, whoever owns them.
 
     All are written back: BatchNorm's kernels change the running statistics without raising their version counters.
@@ -315,7 +316,8 @@ def _buffers_kept(model: nn.Module) -> Iterator[None]:
         _surely(put_back)
 
 
-def _chosen(model: nn.Module, where: Where) -> dict[str, nn.Parameter]:
+def chosen_weights(model: nn.Module, where: Where) -> dict[str, nn.Parameter]:
+    """The parameters that `where` takes, by name; ValueError if there are none."""
     parameters = dict(model.named_parameters())
     chosen = {name: parameter for name, parameter in parameters.items() if where(name, parameter)}
     if not chosen:

@@ -24,7 +24,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -38,6 +38,7 @@ from saltflat.evaluation.search import Logits, find
 from saltflat.inputs import PGD
 from saltflat.objectives import ce, margin
 from saltflat.random import PerExample
+from saltflat.weights import buffers_kept
 
 # The table in `unusual_eps`, and p of each norm
 USUAL: dict[type, tuple[float, ...]] = {Linf: (0.1, 8 / 255, 4 / 255), L2: (1.5, 0.5, 3.0), L1: (10.0, 12.0, 255.0)}
@@ -388,16 +389,9 @@ def _flag(check: Callable[..., Flag | None], found: str) -> Flag:
 @contextmanager
 def _undisturbed(network: Logits, x: Tensor) -> Iterator[None]:
     """What forwards inside do to the global generators and to the network's buffers is undone."""
-    modules = network.modules() if isinstance(network, nn.Module) else ()
-    buffers = [(of._buffers, name, buffer) for of in modules for name, buffer in of._buffers.items()]
-    contents = [None if buffer is None else buffer.clone() for _, _, buffer in buffers]
-    with torch.random.fork_rng([x.device] if x.is_cuda else []):
-        try:
-            yield
-        finally:
-            with torch.no_grad():
-                for (of, name, buffer), content in zip(buffers, contents, strict=True):
-                    of[name] = buffer if buffer is None or content is None else buffer.copy_(content)
+    kept = buffers_kept(network) if isinstance(network, nn.Module) else nullcontext()
+    with torch.random.fork_rng([x.device] if x.is_cuda else []), kept:
+        yield
 
 
 def _as_in_training(layer: _BatchNorm | _DropoutNd) -> bool:

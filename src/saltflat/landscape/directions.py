@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from saltflat.balls import Filterwise, WeightBall
 from saltflat.landscape.robust import Losses
 from saltflat.random import seeded
-from saltflat.weights import Where, default, gradient
+from saltflat.weights import Where, chosen_weights, default, gradient
 
 
 def random_direction(
@@ -38,7 +38,7 @@ def random_direction(
     >>> bool(d.norm(dim=1).allclose(model.weight.norm(dim=1)))
     True
     """
-    centre = {name: p.detach() for name, p in model.named_parameters() if where(name, p)}
+    centre = {name: p.detach() for name, p in chosen_weights(model, where).items()}
     drawn = (ball or Filterwise(1.0)).sample({name: w.cpu() for name, w in centre.items()}, seeded(seed), surface=True)
     return {name: d.to(centre[name].device) for name, d in drawn.items()}
 
@@ -60,5 +60,5 @@ def adversarial_direction(
     >>> adversarial_direction(model, [lambda: model(torch.tensor([[3.0, 4.0]])).sum()])["weight"]
     tensor([[0.8485, 1.1314]])
     """
-    centre = {name: p.detach() for name, p in model.named_parameters() if where(name, p)}
+    centre = {name: p.detach() for name, p in chosen_weights(model, where).items()}
     return (ball or Filterwise(1.0)).steepest(gradient(model, losses, where=where), centre)

@@ -21,7 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from saltflat.landscape.estimate import Estimate, mean
 from saltflat.objectives import ce, log_probabilities
 from saltflat.step import in_mode
-from saltflat.weights import Where, _buffers_kept, _chosen, default
+from saltflat.weights import Where, buffers_kept, chosen_weights, default
 
 
 def fisher_trace(model: nn.Module, x: Tensor, *, where: Where = default, chunk_size: int = 32) -> Estimate:
@@ -43,7 +43,7 @@ def fisher_trace(model: nn.Module, x: Tensor, *, where: Where = default, chunk_s
     12.5
     """
     _check(chunk_size)
-    with in_mode(model, "eval"), _buffers_kept(model), torch.no_grad():
+    with in_mode(model, "eval"), buffers_kept(model), torch.no_grad():
         p = torch.cat([log_probabilities(model(part)).exp() for part in torch.split(x, chunk_size)])
         n, classes = p.shape
         labels = torch.arange(classes, device=x.device)[:, None].expand(classes, n)
@@ -68,13 +68,13 @@ def squared_gradients(
     12.5
     """
     _check(chunk_size)
-    with in_mode(model, "eval"), _buffers_kept(model), torch.no_grad():
+    with in_mode(model, "eval"), buffers_kept(model), torch.no_grad():
         return mean(_squares(model, x, y, where, chunk_size))
 
 
 def _squares(model: nn.Module, x: Tensor, y: Tensor, where: Where, chunk_size: int) -> Tensor:
     """‖d CE(f_w(x_i), y_i) / dw‖^2 for every i, (N,)."""
-    weights = {name: w.detach() for name, w in _chosen(model, where).items()}
+    weights = {name: w.detach() for name, w in chosen_weights(model, where).items()}
 
     def loss(w: dict[str, Tensor], x_i: Tensor, y_i: Tensor) -> Tensor:
         return ce(functional_call(model, w, (x_i[None],)), y_i[None])[0]

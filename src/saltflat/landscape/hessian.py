@@ -33,7 +33,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from saltflat.weights import Closure, Where, _buffers_kept, _chosen, _closures, default, displaced, gradient
+from saltflat.weights import Closure, Where, as_closures, buffers_kept, chosen_weights, default, displaced, gradient
 
 
 @dataclass(frozen=True)
@@ -83,14 +83,14 @@ def hessian(model: nn.Module, losses: Closure | Sequence[Closure], *, where: Whe
     >>> operator.product(torch.tensor([1.0, 0.0]))  # 2 x x^T v
     tensor([18., 24.])
     """
-    closures, parameters = _closures(losses), _trained(model, where)
+    closures, parameters = as_closures(losses), _trained(model, where)
     layers = _layers(parameters)
     weights = list(parameters.values())
 
     def product(v: Tensor) -> Tensor:
         pieces = [v[rows].view_as(w).to(w.dtype) for rows, w in zip(layers.values(), weights, strict=True)]
         found = torch.zeros_like(v)
-        with _buffers_kept(model), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
+        with buffers_kept(model), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
             for closure in closures:
                 found += _bent(closure, weights, pieces)
         return found
@@ -130,7 +130,7 @@ def reattacked_hessian(
     >>> operator.product(torch.ones(operator.size)).shape
     torch.Size([8])
     """
-    closures, parameters = _closures(losses), _trained(model, where)
+    closures, parameters = as_closures(losses), _trained(model, where)
     layers, weights = _layers(parameters), list(parameters.values())
     dtype = _dtype(weights)
     relative = torch.finfo(dtype).eps ** (1 / 3) if step is None else step
@@ -176,7 +176,7 @@ def _bent(closure: Closure, weights: Sequence[nn.Parameter], v: Sequence[Tensor]
 
 
 def _trained(model: nn.Module, where: Where) -> dict[str, nn.Parameter]:
-    chosen = _chosen(model, where)
+    chosen = chosen_weights(model, where)
     if still := [name for name, w in chosen.items() if not w.requires_grad]:
         raise ValueError(f"where: expected weights that are trained, got {still[0]!r}")
     return chosen
