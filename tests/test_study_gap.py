@@ -67,7 +67,7 @@ def test_recipes_join_by_name():
     for config in added.values():
         assert config.awp == RECIPES["cifar10-at-awp"].awp
         assert config.data == grid.SMALL.base.data
-    with pytest.raises(BadInput, match="recipes: .*'at-wap'"):
+    with pytest.raises(BadInput, match=r"recipes: .*'at-wap'"):
         grid.trainings(grid.SMALL, ["at-wap"])
 
 
