@@ -157,6 +157,77 @@ def landscape_record(curvature: float, draws: np.random.Generator, points: int =
     }
 
 
+def plane_record(curvature: float, *, points: int = 7, gaps: Sequence[tuple[int, int]] = ()) -> dict[str, Any]:
+    """A bowl of this curvature in nats; `gaps` are places (row, column) at which nothing could be measured."""
+    alphas, betas = np.linspace(-1, 1, points), np.linspace(-0.5, 0.5, points)
+    squares = alphas[:, None] ** 2 + betas[None, :] ** 2
+    values = {
+        "robust_loss": (1.4 + curvature / 10 * squares).tolist(),
+        "robust_accuracy": (0.4 - 0.1 * squares).tolist(),
+        "clean_loss": (0.8 + squares).tolist(),
+    }
+    for i, j in gaps:
+        for grid in values.values():
+            grid[i][j] = None
+    return {
+        "checkpoint": "last",
+        "sha256": "0" * 64,
+        "split": "test",
+        "n": 500,
+        "kind": "plane",
+        "alphas": alphas.tolist(),
+        "betas": betas.tolist(),
+        "settings": {
+            "direction": "two random directions, the second made orthogonal to the first",
+            "normalisation": "by filter, no biases and norm layers",
+            "attack": "PGD-10, made afresh at each point",
+            "batch_norm": "eval mode",
+            "seed": 0,
+            "batch_size": 500,
+        },
+        **values,
+        "gaps": [{"alpha": alphas[i], "beta": betas[j], "why": "the loss is not finite"} for i, j in gaps],
+    }
+
+
+def flatness_record(value: float, **settings: Any) -> dict[str, Any]:
+    """Two measures, of which the second could not be taken."""
+    return {
+        "checkpoint": "last",
+        "sha256": "0" * 64,
+        "split": "test",
+        "n": 500,
+        "settings": {"attack": "PGD-20, 1 start", "batch_norm": "eval mode", "seed": 0} | settings,
+        "measures": [
+            {
+                "name": "average case, ball",
+                "value": value,
+                "standard_error": 0.0123,
+                "unit": "nats",
+                "settings": "10 draws, gamma 0.01 for every layer",
+                "seconds": 1.25,
+            },
+            {
+                "name": "largest eigenvalue",
+                "value": None,
+                "standard_error": None,
+                "unit": "nats",
+                "settings": "power iteration, 50 steps",
+                "seconds": 9.0,
+                "note": "did not converge",
+            },
+        ],
+    }
+
+
+def with_plane(folder: Path, curvature: float = 10, *, gaps: Sequence[tuple[int, int]] = (), **options: Any) -> Path:
+    """A run folder that has a plane and measures of flatness as well."""
+    synthetic_run(folder, **options)
+    write(folder / "landscapes" / "plane.json", plane_record(curvature, gaps=gaps))
+    write(folder / "flatness" / "last.json", flatness_record(curvature))
+    return folder
+
+
 def two_groups(folder: Path, first: Sequence[float], second: Sequence[float], **options: Any) -> list[Path]:
     """Runs of `at` and `at-awp`, one per gap (points), at seeds 0, 1, 2, …"""
     return [
@@ -179,6 +250,10 @@ def hostile_runs(folder: Path) -> list[Path]:
         write(one / "outcomes" / "last.json", place | settings | {"attacks": attacks})
         record = landscape_record(10, np.random.default_rng(0))
         write(one / "landscapes" / "last.json", record | place | settings)
+        grid = plane_record(10, gaps=[(0, 0)]) | place | {"settings": {HOSTILE: HOSTILE, "attack": HOSTILE}}
+        write(one / "landscapes" / "plane.json", grid | {"gaps": [{"alpha": -1.0, "beta": -0.5, "why": HOSTILE}]})
+        measures = [{"name": HOSTILE, "value": 1.0, "unit": HOSTILE, "settings": HOSTILE, "note": HOSTILE}]
+        write(one / "flatness" / "last.json", place | settings | {"measures": measures})
         folders.append(one)
     return folders
 

@@ -23,6 +23,7 @@ from saltflat.schedules import constant, cosine, cyclic, from_progress, piecewis
 from saltflat.train import Plan, as_it_is
 
 VALIDATION_SEED = 2020  # one split for all seeds, so that their best epochs are chosen on the same examples
+DROPS = {0.5: 0.1, 0.75: 0.1}  # of the piecewise schedule: progress, and what the rate is multiplied by
 WEIGHTS = 1  # the stream of random numbers that initial weights come from
 
 
@@ -182,7 +183,7 @@ def plan(config: Train) -> Plan:
     of, awp = config.optimizer, config.awp
     rate = {
         "constant": constant(of.learning_rate),
-        "piecewise": piecewise(of.learning_rate, {0.5: 0.1, 0.75: 0.1}),
+        "piecewise": piecewise(of.learning_rate, DROPS),
         "cosine": cosine(of.learning_rate),
         "cyclic": cyclic(of.learning_rate),
     }[of.schedule]

@@ -92,7 +92,7 @@ def _identity(config: Train) -> str:
 
 def kept_epochs(config: Train) -> set[int]:
     """Epochs whose weights are kept as epoch-N: the first of all, every so many, and both sides of each drop of the
-    learning rate to less than half.
+    learning rate.
 
     >>> from saltflat.lab.config import Optimizer
     >>> sorted(kept_epochs(Train(keep_every=20, optimizer=Optimizer(epochs=60))))
@@ -105,14 +105,15 @@ def kept_epochs(config: Train) -> set[int]:
 
 
 def drops(config: Train) -> list[int]:
-    """The last epochs before the learning rate falls to less than half.
+    """The last whole epochs before each drop of the learning rate, where its schedule has any.
 
     >>> drops(Train())
     [30, 45]
     """
-    epochs, rate = config.optimizer.epochs, build.plan(config).learning_rate
-    rates = {epoch: rate((epoch - 0.5) / epochs) for epoch in range(1, epochs + 1)}
-    return [epoch for epoch in range(1, epochs) if rates[epoch + 1] < rates[epoch] / 2]
+    if config.optimizer.schedule != "piecewise":
+        return []
+    whole = (int(progress * config.optimizer.epochs) for progress in build.DROPS)
+    return [epoch for epoch in whole if epoch > 0]
 
 
 def _ready(config: Train) -> Ready:

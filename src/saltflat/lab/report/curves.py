@@ -1,4 +1,4 @@
-"""Curves as arrays, and their means: accuracies over epochs, and losses along directions in weight space.
+"""Curves as arrays, and their means: accuracies over epochs, and what was measured along directions in weight space.
 
 Accuracies are in percent, losses in nats, alpha in lengths of the (normalised) direction.
 """
@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+
+from saltflat.lab.report.notation import decimal
 
 Array = NDArray[np.float64]
 
@@ -34,30 +36,44 @@ class GroupCurves:
     series: int
 
 
+@dataclass(frozen=True)
+class Ordinate:
+    """What a figure shows along a direction: its title and words, and how its value at w is written."""
+
+    title: str
+    words: str
+    at_w: str
+    unit: str = ""
+    places: int = 3
+    centred: bool = False
+
+
+CENTRED = Ordinate("Centred", "robust loss, g(α) − g(0) in nats", "g(0) =", centred=True)
+RAW = Ordinate("As measured", "robust loss, g(α) in nats", "g(0) =")
+ACCURACY = Ordinate("Robust accuracy", "in %", "at w:", unit=" %", places=1)
+CLEAN = Ordinate("Clean loss", "in nats, without an attack", "at w:")
+OBJECTIVE = Ordinate("Objective", "in nats", "at w:")
+
+
 @dataclass(frozen=True, eq=False)
 class GroupLandscape:
-    """One array of losses (directions, alphas) per seed."""
+    """One array of values (directions, alphas) per seed."""
 
     name: str
     alphas: Array  # (A,)
-    losses: tuple[Array, ...]  # seeds × (D, A)
+    values: tuple[Array, ...]  # seeds × (D, A)
     series: int = 0
 
-    @property
-    def curves(self) -> Array:
-        """All curves of all seeds, g(alpha)."""
-        return np.concatenate(self.losses)
+    def curves(self, ordinate: Ordinate) -> Array:
+        """All curves of all seeds, g(alpha), or g(alpha) − g(0) where the ordinate is centred."""
+        curves = np.concatenate(self.values)
+        return curves - centre(self.alphas, curves) if ordinate.centred else curves
 
-    @property
-    def centred(self) -> Array:
-        """All curves of all seeds, g(alpha) − g(0)."""
-        return self.curves - centre(self.alphas, self.curves)
-
-    @property
-    def origin(self) -> str:
-        """g(0) in words: the mean over seeds, with the sample standard deviation where there are several."""
-        values = np.array([centre(self.alphas, losses).mean() for losses in self.losses])
-        return f"g(0) = {values.mean():.3f}" + (f" ± {values.std(ddof=1):.3f}" if len(values) > 1 else "")
+    def origin(self, ordinate: Ordinate) -> str:
+        """The value at w in words: the mean over seeds, with the sample standard deviation where there are several."""
+        values = np.array([centre(self.alphas, curves).mean() for curves in self.values])
+        spread = f" ± {decimal(float(values.std(ddof=1)), ordinate.places)}" if len(values) > 1 else ""
+        return f"{ordinate.at_w} {decimal(float(values.mean()), ordinate.places)}{spread}{ordinate.unit}"
 
 
 def mean_curves(seeds: Sequence[SeedCurves]) -> tuple[Array, tuple[Array, Array, Array]]:

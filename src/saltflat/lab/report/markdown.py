@@ -5,7 +5,10 @@ from collections.abc import Mapping, Sequence
 from html import unescape
 from pathlib import Path
 
-from saltflat.lab.report.plates import curves_plate, landscape_plates
+from saltflat.lab.report.flatness import flatness_table
+from saltflat.lab.report.lines import line_plates
+from saltflat.lab.report.planes import plane_plates
+from saltflat.lab.report.plates import Plate, curves_plate
 from saltflat.lab.report.runs import read_run
 from saltflat.lab.report.statistics import Group, grouped
 from saltflat.lab.report.tables import Table, accuracy_table, outcome_table, seeds_table
@@ -15,16 +18,21 @@ from saltflat.lab.report.words import headline
 def summary(runs: Sequence[Path]) -> str:
     """What the runs show, in sentences, then figures (the files of `figures`), then every table of accuracies."""
     groups = _groups(runs)
-    plates = [_shown(panels, caption, "") for panels, caption in _plates(groups)]
-    tables = [as_markdown(make(groups)) for make in (accuracy_table, seeds_table, outcome_table)]
-    return "\n\n".join([_sentences(groups), *plates, *tables])
+    plates = [_shown(_panels(name, plate), plate.caption, "") for name, plate in _plates(groups)]
+    tables = [accuracy_table(groups), seeds_table(groups), outcome_table(groups)]
+    tables += [table for table in (flatness_table(groups),) if table.bodies]
+    return "\n\n".join([_sentences(groups), *plates, *map(as_markdown, tables)])
 
 
 def brief(runs: Sequence[Path], pictures: str) -> str:
-    """The last figure, the sentences, and the table of means; `pictures` is the folder in which the figures lie."""
+    """The first two panels of one plate, the sentences, and the table of means; the figures lie in `pictures`.
+
+    The plate is that of the last landscape along lines, or the learning curves if there is none.
+    """
     groups = _groups(runs)
-    plates = [_shown(panels, caption, f"{pictures}/") for panels, caption in _plates(groups)[-1:]]
-    return "\n\n".join([*plates, _sentences(groups), as_markdown(accuracy_table(groups))])
+    plates = [named for named in _plates(groups) if not named[0].startswith("plane")][-1:]
+    shown = [_shown(dict(list(_panels(*named).items())[:2]), named[1].caption, f"{pictures}/") for named in plates]
+    return "\n\n".join([*shown, _sentences(groups), as_markdown(accuracy_table(groups))])
 
 
 def _shown(panels: Mapping[str, str], caption: str, pictures: str) -> str:
@@ -43,7 +51,8 @@ def _sentences(groups: Sequence[Group]) -> str:
 
 def figures(runs: Sequence[Path]) -> dict[str, str]:
     """The SVG text of every figure by its name, on a white ground so that it can be seen on any page."""
-    return {name: _on_white(svg) for panels, _ in _plates(_groups(runs)) for name, svg in panels.items()}
+    panels = [_panels(*named) for named in _plates(_groups(runs))]
+    return {name: _on_white(svg) for plate in panels for name, svg in plate.items()}
 
 
 def _on_white(svg: str) -> str:
@@ -51,12 +60,16 @@ def _on_white(svg: str) -> str:
     return f'{svg[:opened]}<rect width="100%" height="100%" fill="#fff"/>{svg[opened:]}\n'
 
 
-def _plates(groups: Sequence[Group]) -> list[tuple[dict[str, str], str]]:
-    """Each plate as its panels by name, and its caption."""
-    curves, landscapes = curves_plate(groups), landscape_plates(groups)
-    plates = [("curves", curves)] if curves else []
-    plates += [(f"landscape-{index}", plate) for index, plate in enumerate(landscapes)]
-    return [({f"{name}-{i}": str(svg) for i, svg in enumerate(plate.panels)}, plate.caption) for name, plate in plates]
+def _plates(groups: Sequence[Group]) -> list[tuple[str, Plate]]:
+    """Every plate by its name."""
+    curves = curves_plate(groups)
+    named = [("curves", curves)] if curves else []
+    named += [(f"landscape-{index}", plate) for index, plate in enumerate(line_plates(groups))]
+    return named + [(f"plane-{index}", plane.plate) for index, plane in enumerate(plane_plates(groups))]
+
+
+def _panels(name: str, plate: Plate) -> dict[str, str]:
+    return {f"{name}-{index}": str(svg) for index, svg in enumerate(plate.panels)}
 
 
 def _groups(runs: Sequence[Path]) -> list[Group]:
@@ -70,13 +83,14 @@ def as_markdown(table: Table) -> str:
     lines = [
         f"**{table.label}**",
         "",
-        _row(["recipe", *labels, *units]),
+        _row([table.corner, *labels, *units]),
         _row(["---"] * (1 + len(labels) + len(units))),
     ]
     for body in table.bodies:
+        name = f"{body.name} ({body.detail})" if body.detail else body.name
         for row in body.rows:
             cells = [f"{cell.mean} {cell.spread}".strip() for cell in row.cells]
-            lines.append(_row([body.name, *([row.label] if labels else []), *cells]))
+            lines.append(_row([name, *([row.label] if labels else []), *cells]))
     return "\n".join([*lines, "", table.caption])
 
 

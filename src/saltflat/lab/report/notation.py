@@ -17,6 +17,17 @@ def decimal(value: float | None, places: int = 2) -> str:
     return f"{round(value, places) + 0.0:.{places}f}".replace("-", "−")
 
 
+def places_for(value: float, digits: int = 3) -> int:
+    """Decimal places that give a number so many digits, at most six places.
+
+    >>> places_for(0.0123), places_for(-4.5), places_for(1234.0), places_for(0.0)
+    (4, 2, 0, 3)
+    """
+    if value == 0 or not math.isfinite(value):
+        return digits
+    return min(6, max(0, digits - 1 - math.floor(math.log10(abs(value)))))
+
+
 def counted(n: int, noun: str) -> str:
     """
     >>> counted(1, "seed"), counted(3, "seed")

@@ -1,26 +1,34 @@
 """The page: one offline HTML file whose every number and word is a function of the records that runs left.
 
-It contains no script and no address outside itself; names out of records are escaped. Nothing here imports torch.
+It has no address outside itself, and names out of records are escaped. Where there are surfaces, one script draws them,
+which the page's policy knows by its hash. Nothing here imports torch.
 """
 
+import base64
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
 import jinja2
+from markupsafe import Markup
 
 from saltflat.lab.config import BadInput
 from saltflat.lab.record import replacing
-from saltflat.lab.report.figures import VARIABLES
+from saltflat.lab.report.drawing import VARIABLES
+from saltflat.lab.report.flatness import flatness_table
+from saltflat.lab.report.lines import line_plates
 from saltflat.lab.report.notation import counted
 from saltflat.lab.report.notes import notes
-from saltflat.lab.report.plates import curves_plate, landscape_plates
+from saltflat.lab.report.planes import plane_plates
+from saltflat.lab.report.plates import curves_plate
 from saltflat.lab.report.runs import Run, read_run
 from saltflat.lab.report.settings import configuration, environments
 from saltflat.lab.report.statistics import Group, grouped, runs_of
 from saltflat.lab.report.tables import accuracy_table, cost_table, outcome_table, seeds_table
 from saltflat.lab.report.words import headline
 
-TEMPLATE = Path(__file__).with_name("page.html.j2")
+TEMPLATES = Path(__file__).parent
+SCRIPT = TEMPLATES / "surface.js"
 
 
 def write_report(runs: Sequence[Path], path: Path, *, title: str | None = None) -> None:
@@ -36,14 +44,17 @@ def write_report(runs: Sequence[Path], path: Path, *, title: str | None = None) 
 def render(runs: Sequence[Run], *, title: str | None = None) -> str:
     """The page as text: equal records give an equal page."""
     groups = grouped(runs)
+    planes = plane_plates(groups)
+    script = Markup(SCRIPT.read_text(encoding="utf-8")) if planes else None
     environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATES),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
+    return environment.get_template("page.html.j2").render(
         title=title or _default_title(groups),
         extent=f"{counted(len(groups), 'recipe')}, {counted(len(runs_of(groups)), 'run')}",
         folders=[run.folder.name for run in runs_of(groups)],
@@ -51,13 +62,26 @@ def render(runs: Sequence[Run], *, title: str | None = None) -> str:
         tables=[table for table in (accuracy_table(groups), outcome_table(groups)) if table.bodies],
         seeds=seeds_table(groups),
         curves=curves_plate(groups),
-        landscapes=landscape_plates(groups),
+        landscapes=line_plates(groups),
+        planes=planes,
+        script=script,
+        policy=_policy(script),
+        flatness=flatness_table(groups),
         cost=cost_table(groups),
         configuration=configuration(groups),
         environments=environments(groups),
         notes=notes(groups, len(runs)),
         variables=VARIABLES,
     )
+
+
+def _policy(script: str | None) -> str:
+    """What the page may do: nothing but its own styles and, by its hash, its own script."""
+    policy = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
+    if script is None:
+        return policy
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    return f"{policy}; script-src 'sha256-{digest}'"
 
 
 def _default_title(groups: Sequence[Group]) -> str:

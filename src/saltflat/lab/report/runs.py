@@ -5,7 +5,8 @@
     evaluation.json      how every epoch was measured
     metrics.jsonl        one line per epoch
     outcomes/*.json      final evaluations
-    landscapes/*.json    weight loss landscapes
+    landscapes/*.json    weight loss landscapes, along lines and over planes
+    flatness/*.json      measures of flatness
 
 Everything but the config may be missing or damaged: that becomes a note, and nothing is guessed in its place.
 """
@@ -17,39 +18,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
-import numpy as np
 import yaml
 from pydantic import BeforeValidator, Field, Strict, TypeAdapter
 
 from saltflat.lab.config import BadInput
-from saltflat.lab.report.curves import Array, centre
+from saltflat.lab.report.landscapes import Line, Plane, read_landscape
+from saltflat.lab.report.rows import flattened
 
 # What reading a file raises when its content isn't what was promised.
 DAMAGE = (OSError, ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError)
 Part = TypeVar("Part")
-
-
-def flattened(tree: Mapping[str, Any]) -> dict[str, str]:
-    """One row of text per leaf.
-
-    >>> flattened({"attack": {"steps": 10, "ball": {"radius": 0.03}}, "augment": True, "path": None})
-    {'attack.steps': '10', 'attack.ball.radius': '0.03', 'augment': 'yes', 'path': 'none'}
-    """
-    rows: dict[str, str] = {}
-    for key, value in tree.items():
-        if isinstance(value, dict) and value:
-            rows |= {f"{key}.{inner}": text for inner, text in flattened(value).items()}
-        else:
-            rows[str(key)] = _leaf(value)
-    return rows
-
-
-def _leaf(value: object) -> str:
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, list):
-        return ", ".join(map(_leaf, value)) or "none"
-    return "none" if value is None or value == {} else str(value)
 
 
 # JSON has no nan, so a writer may have put null in its place.
@@ -126,16 +104,28 @@ class Outcome:
     settings: Rows = field(default_factory=dict)
 
 
-@dataclass(frozen=True, eq=False)
-class Landscape:
-    """Robust loss at w + alpha d, for several directions d."""
+@dataclass(frozen=True)
+class Measure:
+    """One measure of flatness; the standard error is that of the measurement itself, from images and draws."""
+
+    name: str
+    value: Number
+    unit: str = ""
+    settings: str = ""
+    standard_error: Number = math.nan
+    seconds: Number = math.nan
+    note: str | None = None
+
+
+@dataclass(frozen=True)
+class Flatness:
+    """Measures of flatness at one checkpoint."""
 
     checkpoint: str
     split: str
     n: int
-    alphas: Array  # (A,), ascending
-    robust_loss: Array  # (D, A), one row per direction
-    settings: Mapping[str, str]
+    measures: tuple[Measure, ...]
+    settings: Rows = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
@@ -150,7 +140,9 @@ class Run:
     evaluation: Mapping[str, str]
     epochs: tuple[Epoch, ...]
     outcomes: tuple[Outcome, ...]
-    landscapes: tuple[Landscape, ...]
+    lines: tuple[Line, ...]
+    planes: tuple[Plane, ...]
+    flatness: tuple[Flatness, ...]
     notes: tuple[str, ...]
 
     @property
@@ -174,6 +166,7 @@ def read_run(folder: Path) -> Run:
     folder = Path(folder)
     config = _read_config(folder)
     notes: list[str] = []
+    landscapes = _read_parts(folder / "landscapes", read_landscape, notes, "No weight loss landscape")
     return Run(
         folder=folder,
         label=config["recipe"],
@@ -185,7 +178,9 @@ def read_run(folder: Path) -> Run:
         outcomes=_read_parts(
             folder / "outcomes", TypeAdapter(Outcome).validate_json, notes, "No final evaluation: run saltflat evaluate"
         ),
-        landscapes=_read_parts(folder / "landscapes", _landscape, notes, "No weight loss landscape"),
+        lines=tuple(part for part in landscapes if isinstance(part, Line)),
+        planes=tuple(part for part in landscapes if isinstance(part, Plane)),
+        flatness=_read_parts(folder / "flatness", TypeAdapter(Flatness).validate_json, notes, ""),
         notes=tuple(notes),
     )
 
@@ -250,18 +245,6 @@ def _read_parts(folder: Path, read: Callable[[bytes], Part], notes: list[str], i
             parts.append(read(path.read_bytes()))
         except DAMAGE:
             notes.append(f"A damaged file was skipped: {folder.name}/{path.name}")
-    if not paths:
+    if not paths and if_none:
         notes.append(if_none)
     return tuple(parts)
-
-
-def _landscape(text: bytes) -> Landscape:
-    record = json.loads(text)
-    alphas = np.array(record["alphas"], dtype=float)
-    losses = np.array([curve["robust_loss"] for curve in record["curves"]], dtype=float)
-    if losses.ndim != 2 or losses.shape[1] != len(alphas) or len(alphas) < 2 or not np.isfinite(alphas).all():
-        raise ValueError("curves and alphas do not fit")
-    centre(alphas, losses)  # refuses a landscape without alpha = 0
-    order = np.argsort(alphas)
-    place = (str(record["checkpoint"]), str(record["split"]), int(record["n"]))
-    return Landscape(*place, alphas[order], losses[:, order], flattened(record.get("settings") or {}))

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from saltflat.lab.report.figures import shortened
+from saltflat.lab.report.drawing import shortened
 from saltflat.lab.report.notation import MISSING, decimal
 from saltflat.lab.report.runs import Attacked, Epoch, Run
 from saltflat.lab.report.statistics import Group, Spread, at, best, drop, finite, last, measured, over_seeds
@@ -24,12 +24,13 @@ class Cell:
 
 @dataclass(frozen=True)
 class Column:
-    """A heading; `term` is a key of the page's definitions, `title` shows on hover."""
+    """A heading; `term` is a key of the page's definitions, `title` shows on hover, a group's has its `series`."""
 
     text: str
     unit: str = ""
     term: str = ""
     title: str = ""
+    series: int | None = None
 
 
 @dataclass(frozen=True)
@@ -42,22 +43,24 @@ class Row:
 
 @dataclass(frozen=True)
 class Body:
-    """The rows of one group."""
+    """The rows of one group, or of another thing that has no `series`; `detail` stands below its name."""
 
     name: str
-    series: int
+    series: int | None
     rows: tuple[Row, ...]
+    detail: str = ""
 
 
 @dataclass(frozen=True)
 class Table:
-    """What the page shows as one table; `row_labels` heads the labels of the rows, where they have any."""
+    """What the page shows as one table; `corner` heads its bodies, `row_labels` the labels of rows that have any."""
 
     label: str
     caption: str
     columns: tuple[Column, ...]
     bodies: tuple[Body, ...]
     row_labels: Column | None = None
+    corner: str = "recipe"
 
 
 MEASURES: tuple[tuple[Column, Callable[[Epoch], float], int], ...] = (  # heading, value, decimal places
