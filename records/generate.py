@@ -3,7 +3,8 @@
     python -m records.generate
 
 A record is a folder `<date>_<idea>/` with `runs/*/` in it: run folders as `saltflat train`, `evaluate` and `landscape`
-write them, without the weights; or it holds what the scripts in `benchmarks/` wrote. Between the marks
+write them, without the weights; or the `table.json` of a `saltflat study gap`; or what the scripts in `benchmarks/`
+wrote. Between the marks
 
     <!-- generated: FOLDER -->   ...   <!-- end -->
 
@@ -15,7 +16,8 @@ import re
 from pathlib import Path
 
 from benchmarks.tables import compared
-from saltflat.lab.report.markdown import brief, figures, summary
+from saltflat.lab.report import markdown
+from saltflat.lab.study import markdown as study
 
 ROOT = Path(__file__).parent.parent
 BLOCK = re.compile(r"(<!-- generated: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -38,9 +40,18 @@ def generated(page: Path) -> str:
 
 
 def _shown(record: Path, whole: bool) -> str:
-    if not (record / "runs").is_dir():
-        return compared(record)
-    return summary(runs_of(record)) if whole else brief(runs_of(record), f"records/{record.name}")
+    pictures = f"records/{record.name}"
+    if (record / "runs").is_dir():
+        return markdown.summary(runs_of(record)) if whole else markdown.brief(runs_of(record), pictures)
+    if (record / "table.json").is_file():
+        return study.summary(record) if whole else study.brief(record, pictures)
+    return compared(record)
+
+
+def _figures(record: Path) -> dict[str, str]:
+    if (record / "runs").is_dir():
+        return markdown.figures(runs_of(record))
+    return study.figures(record) if (record / "table.json").is_file() else {}
 
 
 def runs_of(record: Path) -> list[Path]:
@@ -51,6 +62,5 @@ def runs_of(record: Path) -> list[Path]:
 if __name__ == "__main__":
     for page in pages():
         page.write_text(generated(page))
-        if (page.parent / "runs").is_dir():
-            for name, svg in figures(runs_of(page.parent)).items():
-                (page.parent / f"{name}.svg").write_text(svg)
+        for name, svg in _figures(page.parent).items():
+            (page.parent / f"{name}.svg").write_text(svg)

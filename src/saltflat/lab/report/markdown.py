@@ -18,7 +18,7 @@ from saltflat.lab.report.words import headline
 def summary(runs: Sequence[Path]) -> str:
     """What the runs show, in sentences, then figures (the files of `figures`), then every table of accuracies."""
     groups = _groups(runs)
-    plates = [_shown(_panels(name, plate), plate.caption, "") for name, plate in _plates(groups)]
+    plates = [shown(_panels(name, plate), plate.caption, "") for name, plate in _plates(groups)]
     tables = [accuracy_table(groups), seeds_table(groups), outcome_table(groups)]
     tables += [table for table in (flatness_table(groups),) if table.bodies]
     return "\n\n".join([_sentences(groups), *plates, *map(as_markdown, tables)])
@@ -31,11 +31,12 @@ def brief(runs: Sequence[Path], pictures: str) -> str:
     """
     groups = _groups(runs)
     plates = [named for named in _plates(groups) if not named[0].startswith("plane")][-1:]
-    shown = [_shown(dict(list(_panels(*named).items())[:2]), named[1].caption, f"{pictures}/") for named in plates]
-    return "\n\n".join([*shown, _sentences(groups), as_markdown(accuracy_table(groups))])
+    first = [shown(dict(list(_panels(*named).items())[:2]), named[1].caption, f"{pictures}/") for named in plates]
+    return "\n\n".join([*first, _sentences(groups), as_markdown(accuracy_table(groups))])
 
 
-def _shown(panels: Mapping[str, str], caption: str, pictures: str) -> str:
+def shown(panels: Mapping[str, str], caption: str, pictures: str) -> str:
+    """The figures of `panels`, SVG text by name, whose files lie in `pictures`, and their caption."""
     return "\n".join([*(f"![{_words(svg)}]({pictures}{name}.svg)" for name, svg in panels.items()), "", caption])
 
 
@@ -52,10 +53,11 @@ def _sentences(groups: Sequence[Group]) -> str:
 def figures(runs: Sequence[Path]) -> dict[str, str]:
     """The SVG text of every figure by its name, on a white ground so that it can be seen on any page."""
     panels = [_panels(*named) for named in _plates(_groups(runs))]
-    return {name: _on_white(svg) for plate in panels for name, svg in plate.items()}
+    return {name: on_white(svg) for plate in panels for name, svg in plate.items()}
 
 
-def _on_white(svg: str) -> str:
+def on_white(svg: str) -> str:
+    """The figure on a white ground, so that it can be seen on any page."""
     opened = svg.index(">", svg.index("<svg")) + 1
     return f'{svg[:opened]}<rect width="100%" height="100%" fill="#fff"/>{svg[opened:]}\n'
 
