@@ -21,7 +21,7 @@ def test_the_python_blocks_run_one_after_the_other():
     names: dict[str, object] = {}
     for block in blocks("python"):
         exec(block, names)
-    assert len(blocks("python")) == 3
+    assert len(blocks("python")) == 4
 
 
 COMMANDS = [

@@ -187,18 +187,18 @@ def _keskar(shown: Shown) -> list[Found]:
 
 def _tolerance(shown: Shown) -> list[Found]:
     threshold, how = 0.1, shown.how
-    losses = shown.afresh()
+    losses, draws = shown.afresh(), max(2, how.draws // 2)  # each is asked for at a dozen sigmas
     sigma = tolerated_noise(
         shown.model,
         lambda: total(losses),
         adaptive_gaussian(1.0),
         threshold=threshold,
-        draws=how.draws,
+        draws=draws,
         seed=how.seed,
         first=0.05,
         halvings=6,
     )
-    words = f"largest σ with a mean rise ≤ {threshold} nats, v_i ~ N(0, (σ w_i)²), {how.draws} draws, attacked afresh"
+    words = f"largest σ with a mean rise ≤ {threshold} nats, v_i ~ N(0, (σ w_i)²), {draws} draws, attacked afresh"
     return [_estimated("PAC-Bayes σ", sigma, "of |w|", words, sign=-1)]
 
 
