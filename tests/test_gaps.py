@@ -39,9 +39,14 @@ def test_both_sides_are_the_evaluation_s_and_the_gap_their_difference(tmp_path):
             "clean_loss": clean.mean_loss,
             "robust_accuracy": robust.accuracy,
             "robust_loss": robust.mean_loss,
+            "robust_accuracy_error": pytest.approx((robust.correct.double().std(correction=0) / len(y) ** 0.5).item()),
+            "robust_loss_error": pytest.approx((robust.loss.std() / len(y) ** 0.5).item()),
         }
     assert found["gap"]["loss"] == sides["test"].mean_loss - sides["train"].mean_loss
     assert found["gap"]["accuracy"] == sides["train"].accuracy - sides["test"].accuracy
+    for name in ("loss", "accuracy"):
+        errors = [found[split][f"robust_{name}_error"] for split in ("train", "test")]
+        assert found["gap"][f"{name}_error"] == pytest.approx(sum(error**2 for error in errors) ** 0.5)
     assert found["longer"]["steps"] == 15
     assert found["longer"]["loss"] > 0
     assert equal_states(state(of.model), before)

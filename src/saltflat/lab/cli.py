@@ -414,7 +414,7 @@ def process(
     run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")],
     reach: Positive = 1.0,
     points: Count = 21,
-    directions: Count = 2,
+    directions: Count = 5,
     examples: CountOrZero = 512,
     steps: Count = 10,
     draws: Count = 10,

@@ -7,10 +7,13 @@ one attack on both sides.
 Training logs are no substitute: those of AWP hold train accuracy at w + v, in train mode, on augmented images.
 
 gaps/NAME.json   both sides, their difference, and how much a longer attack would change
+
+Errors are standard errors over examples, as if those of training were a sample, too.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,6 +72,8 @@ def robust_gap(of: Subject, how: How) -> dict[str, Any]:
         "gap": {
             "loss": test["robust_loss"] - train["robust_loss"],
             "accuracy": train["robust_accuracy"] - test["robust_accuracy"],
+            "loss_error": math.hypot(train["robust_loss_error"], test["robust_loss_error"]),
+            "accuracy_error": math.hypot(train["robust_accuracy_error"], test["robust_accuracy_error"]),
         },
         "longer": _longer(of, *parts["test"], how),
     }
@@ -85,11 +90,14 @@ def _part(of: Subject, split: str, examples: int) -> tuple[Tensor, Tensor]:
 
 def _measured(of: Subject, x: Tensor, y: Tensor, how: How) -> dict[str, float]:
     robust, clean = _outcomes(of, x, y, how.steps, how), _outcomes(of, x, y, 0, how)
+    n = len(y)
     return {
         "clean_accuracy": clean.accuracy,
         "clean_loss": clean.mean_loss,
         "robust_accuracy": robust.accuracy,
         "robust_loss": robust.mean_loss,
+        "robust_accuracy_error": math.sqrt(robust.accuracy * (1 - robust.accuracy) / n),
+        "robust_loss_error": robust.loss.double().std().item() / math.sqrt(n) if n > 1 else 0.0,
     }
 
 

@@ -20,6 +20,7 @@ from saltflat.lab.flatness import flatness
 from saltflat.lab.gaps import How as GapHow
 from saltflat.lab.gaps import robust_gap
 from saltflat.lab.measures import How
+from saltflat.lab.study import process_page
 from saltflat.lab.study.workers import side_by_side
 from saltflat.lab.subjects import from_run
 from saltflat.lab.trainings import drops
@@ -74,8 +75,9 @@ def study(run: Path, plan: Plan, out: Path, workers: int, data_path: Path | None
         ],
         "evaluation": record.read_again(run / "evaluation.json"),
     }
-    record.write_json(out / "process.json", report)
-    say(f"{len(found)} checkpoints; {out / 'process.json'}")
+    for sentence in process_page.write(report, out):
+        say(f"{sentence.claim} {sentence.evidence}".strip())
+    say(f"{len(found)} checkpoints; {out / 'process.html'}")
 
 
 def _moments(
