@@ -389,3 +389,45 @@ def test_every_field_says_what_it_is(capsys):
     for option in ("--attack.eps", "--awp.gamma", "--optimizer.batch-size", "--data.validation-examples", "--seed"):
         assert option in shown
     assert "in pixel units" in shown
+
+
+def test_a_plane_and_flatness_end_on_the_page(trained, tmp_path, capsys):
+    quick = ("--examples", "20", "--steps", "2", "--out", tmp_path / "page.html")
+    run("landscape", *trained, "--dimensions", "2", "--points", "3", *quick)
+    names = ("average", "average-frozen", "curvature", "norms")
+    less = ("--batch-size", "10", "--draws", "2", "--climbs", "1", "--restarts", "0", "--probes", "6")
+    run("flatness", *trained, "--measures", *names, *less, *quick)
+    out = capsys.readouterr().out
+    assert "rises by" in out
+    assert "Hessian trace of conv1.weight" in out
+    page = (tmp_path / "page.html").read_text()
+    assert "average case, frozen examples" in page
+    assert '<script type="application/json"' in page
+
+
+def test_landscapes_and_flatness_of_what_cannot_be_measured_are_refused(trained, tmp_path, capsys):
+    other = tmp_path / "other"
+    run("train", "at", *QUICK, "--model.width", "5", "--out", other)
+    bare = tmp_path / "bare"
+    shutil.copytree(trained[0], bare, ignore=shutil.ignore_patterns("*.safetensors", "landscapes"))
+    capsys.readouterr()
+
+    def refused(*words):
+        with pytest.raises(SystemExit) as stop:
+            run(*words)
+        assert stop.value.code == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        return line
+
+    assert "checkpoint: expected one of none yet" in refused("landscape", bare)
+    assert "checkpoint: expected one of best, last" in refused("flatness", trained[0], "--checkpoint", "epoch-1")
+    assert "expected one architecture on one axis, got conv1.weight" in refused("landscape", trained[0], other)
+    assert "points: expected an odd number >= 3, got 1" in refused("landscape", trained[0], "--points", "1")
+    assert "reach" in refused("landscape", trained[0], "--reach", "0")
+    directions = ("--directions", "2")
+    assert "expected 1 unless" in refused("landscape", trained[0], *directions, "--direction", "adversarial")
+    assert "expected 1 unless" in refused("landscape", trained[0], *directions, "--dimensions", "2")
+    assert "expected any of average" in refused("flatness", trained[0], "--measures", "flat")
+    assert "probes" in refused("flatness", trained[0], "--probes", "5")
+    assert "examples: expected at most the" in refused("flatness", trained[0], "--examples", "100000")
+    assert not (bare / "landscapes").exists()
