@@ -37,7 +37,7 @@ def test_what_a_worker_raises_stops_the_others_and_is_raised(tmp_path):
 
 
 def test_a_worker_that_is_killed_is_one_line(tmp_path):
-    with pytest.raises(OSError, match="a worker was killed"):
+    with pytest.raises(OSError, match="a worker ended without a word"):
         side_by_side(working.killed, {"a": 0}, 1, tmp_path, str)
 
 

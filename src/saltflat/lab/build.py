@@ -4,6 +4,7 @@ attacks in `threat`.
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -49,6 +50,11 @@ def device(name: str) -> torch.device:
         has = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
         raise BadInput(f"device: expected auto or one of {', '.join(has)} on this machine, got {name!r}") from None
     return found
+
+
+def workers(name: str) -> int:
+    """How many processes work side by side on that device: one a core, or one on a GPU."""
+    return 1 if device(name).type == "cuda" else os.cpu_count() or 1
 
 
 def splits(data: Data) -> Splits:

@@ -13,6 +13,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import dropwhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -249,7 +250,7 @@ def landscape(
         direction: random, or adversarial: steepest ascent of each run's own robust loss at w (in 2-D, of the first).
         normalisation: of the direction, to the norm of w's filters or layers.
         split: which images.
-        examples: how many of them, stratified; 0 takes all.
+        examples: how many of them at most, stratified; 0 takes all.
         steps: of the PGD that attacks at each point; the rest of the threat model is the run's.
         own_loss: measure the objective that each run was trained with beside cross-entropy.
         frozen: attack once, at w, and keep the examples: quick, but too low away from w, and named so.
@@ -266,6 +267,7 @@ def landscape(
     def job() -> None:
         from saltflat.lab import console, landscapes, subjects
 
+        console.page_of(runs, out)
         alphas = landscapes.symmetric(reach, points)
         how = landscapes.How(
             split, examples, steps, batch_size, seed, direction, normalisation, own_loss=own_loss, frozen=frozen
@@ -324,7 +326,7 @@ def flatness(
             curvature, density, gradients, norms.
         checkpoint: best (on validation), last, or epoch-N where it was kept.
         split: which images; the training set's, unless the test set may be looked at.
-        examples: how many of them, stratified; 0 takes all.
+        examples: how many of them at most, stratified; 0 takes all.
         batch_size: examples at a time; worst cases and draws are of each batch.
         steps: of the PGD that attacks; the rest of the threat model is the run's.
         draws: of random noise.
@@ -340,13 +342,15 @@ def flatness(
 
     def job() -> None:
         from saltflat.lab import console, subjects
-        from saltflat.lab import flatness as job
+        from saltflat.lab import flatness as flat
         from saltflat.lab.measures import How
 
+        console.page_of(runs, out)
+        flat.check(measures)
         how = How(split, examples, batch_size, steps, seed, draws, climbs, restarts, directions, probes)
         opened = [subjects.from_run(run, checkpoint, device, None, data_path) for run in runs]
         for of in opened:
-            job.show(of, job.flatness(of, measures, how))
+            flat.show(of, flat.flatness(of, measures, how))
         console.report([of.folder for of in opened], out)
 
     return job
@@ -361,6 +365,7 @@ def gap(
     checkpoints: Annotated[tuple[str, ...], Field(min_length=1)] = ("last",),
     floor: Annotated[float, Field(ge=0, le=100)] | None = None,
     data_path: Path | None = None,
+    device: str | None = None,
     out: Folder | None = None,
     workers: CountOrZero = 0,
     dry: bool = False,
@@ -379,8 +384,9 @@ def gap(
         floor: training robust accuracy in percent below which a model is undertrained, and left out of the main result;
             default the preset's, or 0.
         data_path: where the data are.
+        device: auto, cpu, cuda, or cuda:N; default the preset's, or auto.
         out: folder of the study; default studies/gap-PRESET, or studies/gap.
-        workers: processes side by side; 0 takes one a core.
+        workers: processes side by side; 0 takes one a core, or one for a GPU.
         dry: list the models, and stop.
     """
     given = [name for name, value in (("runs", runs), ("preset", preset), ("listing", listing)) if value]
@@ -390,21 +396,22 @@ def gap(
         raise BadInput(f"recipes: go with a preset, got {recipes[0]!r}")
 
     def job() -> None:
-        from saltflat.lab.study import gap
+        from saltflat.lab import build
+        from saltflat.lab.study import gap, grid
 
         folder = out or Path("studies") / (f"gap-{preset}" if preset else "gap")
         if preset is not None:
-            asked = gap.of_preset(preset, recipes, folder, data_path)
+            asked = gap.of_preset(preset, recipes, folder, data_path, device)
         elif listing is not None:
-            asked = gap.of_files(listing, gap.SMALL, folder)
+            asked = gap.of_files(listing, folder, device)
         else:
-            asked = gap.of_runs(runs, checkpoints, gap.SMALL, data_path)
+            asked = gap.of_runs(runs, checkpoints, data_path, device)
         if floor is not None:
-            asked = gap.with_floor(asked, floor)
+            asked = replace(asked, floor=floor)
         if dry:
-            print("\n".join(asked.tasks))
+            print("\n".join(asked.models))
             return
-        gap.study(asked, folder, workers or os.cpu_count() or 1)
+        gap.study(asked, folder, workers or build.workers(device or grid.device(preset)))
 
     return job
 
@@ -420,6 +427,7 @@ def process(
     draws: Count = 10,
     seed: CountOrZero = 0,
     data_path: Path | None = None,
+    device: str = "auto",
     out: Folder | None = None,
     workers: CountOrZero = 0,
 ) -> Job:
@@ -431,17 +439,19 @@ def process(
         reach: largest alpha, in units of the filter-normalised direction.
         points: alphas, an odd number, so that 0 is one of them.
         directions: random directions, the same for all epochs.
-        examples: test images of the landscape, and training images of the flatness, stratified; 0 takes all.
+        examples: test images of the landscape, and training images of the flatness, at most, stratified; 0 takes all.
         steps: of the PGD that attacks at each point, and under each perturbation of w.
         draws: of average-case noise.
         seed: of all draws.
         data_path: where the run's data are now; default where they were.
+        device: auto, cpu, cuda, or cuda:N.
         out: folder of the page; default the run's.
-        workers: processes side by side; 0 takes one a core.
+        workers: processes side by side; 0 takes one a core, or one for a GPU.
     """
     _check_points(points)
 
     def job() -> None:
+        from saltflat.lab import build
         from saltflat.lab.gaps import How as GapHow
         from saltflat.lab.landscapes import How as Slice
         from saltflat.lab.measures import How
@@ -455,7 +465,7 @@ def process(
             GapHow(steps=2 * steps, seed=seed),
             How(examples=examples, steps=steps, draws=draws, directions=directions, seed=seed),
         )
-        process.study(run, plan, out or run, workers or os.cpu_count() or 1, data_path)
+        process.study(run, plan, out or run, workers or build.workers(device), data_path, device)
 
     return job
 

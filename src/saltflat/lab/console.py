@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from saltflat.lab.config import BadInput
+from saltflat.lab.record import check_folder
 
 CONSOLE = Console(highlight=False, markup=False, emoji=False)  # paths may hold brackets and colons
 
@@ -25,6 +26,15 @@ def progress() -> Iterator[Progress]:
         yield bar
 
 
+def page_of(runs: Sequence[Path], out: Path | None) -> Path:
+    """Where the page about these runs goes; BadInput if it cannot go there."""
+    path = out or (runs[0].absolute() if len(runs) == 1 else runs[0].absolute().parent) / "report.html"
+    if path.is_dir():
+        raise BadInput(f"out: expected a file, got the folder {str(path)!r}")
+    check_folder("out", path.parent)
+    return path
+
+
 def report(runs: Sequence[Path], out: Path | None) -> Path:
     """One page about the runs; returns where it is."""
     from saltflat.lab.report import write_report  # matplotlib takes a while
@@ -32,9 +42,7 @@ def report(runs: Sequence[Path], out: Path | None) -> Path:
     runs = [run for run in runs if not run.is_file()]  # `runs/*` catches the page of an earlier time
     if not runs:
         raise BadInput("runs: expected at least one run folder, got none")
-    path = out or (runs[0].absolute() if len(runs) == 1 else runs[0].absolute().parent) / "report.html"
-    if path.is_dir():
-        raise BadInput(f"out: expected a file, got the folder {str(path)!r}")
+    path = page_of(runs, out)
     write_report(list(runs), path)
     say(f"report: {path}")
     return path

@@ -9,7 +9,8 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
+from pathlib import Path
 from typing import Any
 
 from rich.table import Table
@@ -19,13 +20,13 @@ from saltflat.lab import record
 from saltflat.lab.config import BadInput
 from saltflat.lab.console import CONSOLE, progress, say
 from saltflat.lab.measures import MEASURES, Found, How, Shown
-from saltflat.lab.subjects import Subject, chosen, place
+from saltflat.lab.subjects import Subject, place, up_to
 
 
 def flatness(of: Subject, names: Sequence[str], how: How) -> dict[str, Any]:
     """Measured and written down; what was asked before, of the same weights, is read, what was interrupted goes on."""
-    _check(names)
-    x, y, _ = chosen(of, how.split, how.examples)
+    check(names)
+    x, y, _ = up_to(of, how.split, how.examples)
     x = prepared(x, of.model)
     shown = Shown(of.model, x, y.to(x.device), of.threat.pgd(how.steps), how, of.initial)
     asked = {
@@ -44,17 +45,18 @@ def flatness(of: Subject, names: Sequence[str], how: How) -> dict[str, Any]:
     if path.is_file():
         return record.read_again(path)
     part = path.with_suffix(".part")
-    done = record.read_again(part)["done"] if part.is_file() else {}
+    done = _read(part, names) if part.is_file() else {}
     if done:
         say(f"goes on after {', '.join(done)}: {part}")
     with progress() as bar:
-        task = bar.add_task("flatness", total=len(names), completed=len(done))
+        task = bar.add_task("flatness", total=len(names))
         for name in names:
             if name not in done:
                 bar.update(task, description=f"{name} of {of.folder.absolute().name}")
                 began = time.perf_counter()
                 found = MEASURES[name](shown)
-                done[name] = [_row(each, time.perf_counter() - began) for each in found]
+                seconds = round(time.perf_counter() - began, 2)
+                done[name] = [_row(each) | {"seconds": seconds} for each in found]
                 record.write_json(part, {"done": done})
             bar.advance(task)
     summary = {**asked, "measures": [row for name in names for row in done[name]]}
@@ -63,16 +65,30 @@ def flatness(of: Subject, names: Sequence[str], how: How) -> dict[str, Any]:
     return summary
 
 
-def _check(names: Sequence[str]) -> None:
+def check(names: Sequence[str]) -> None:
+    """BadInput for a name that stands for nothing, or repeats."""
     if strange := [name for name in names if name not in MEASURES]:
         raise BadInput(f"measures: expected any of {', '.join(MEASURES)}, got {strange[0]!r}")
     if repeated := [name for i, name in enumerate(names) if name in names[:i]]:
         raise BadInput(f"measures: expected each once, got {repeated[0]!r} again")
 
 
-def _row(found: Found, seconds: float) -> dict[str, Any]:
+def _read(part: Path, names: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
+    """The measures that are done, by name."""
+    done = record.read_again(part).get("done")
+    if not isinstance(done, dict) or not done.keys() <= set(names) or not all(map(_are_rows, done.values())):
+        raise BadInput(f"flatness: {part} is no part of this measurement; delete it to begin anew")
+    return done
+
+
+def _are_rows(rows: Any) -> bool:
+    names = {each.name for each in fields(Found)} | {"seconds"}
+    return isinstance(rows, list) and all(isinstance(row, dict) and row.keys() == names for row in rows)
+
+
+def _row(found: Found) -> dict[str, Any]:
     """As JSON, which knows no NaN and no infinity: what is not finite is null, and the note says so."""
-    row = asdict(found) | {"seconds": round(seconds, 2)}
+    row = asdict(found)
     for name in ("value", "standard_error"):
         row[name] = row[name] if math.isfinite(row[name]) else None
     if row["value"] is None:
@@ -89,5 +105,7 @@ def show(of: Subject, summary: dict[str, Any]) -> None:
         table.add_row(row["name"], value, error, row["unit"])
     CONSOLE.print(table)
     for row in summary["measures"]:
+        if row["starts"]:
+            say(f"{row['name']}, from each start: {', '.join(f'{value:.4g}' for value in row['starts'])}")
         if row["note"]:
             say(f"{row['name']}: {row['note']}")

@@ -23,7 +23,7 @@ from torch import Tensor
 from saltflat.evaluation import Outcomes, answers, attacked, collect
 from saltflat.evaluation.suite import prepared
 from saltflat.lab import record
-from saltflat.lab.subjects import Subject, chosen, place
+from saltflat.lab.subjects import Subject, place, up_to
 
 LONGER = 5  # times as many steps, for the check that the attack is long enough
 
@@ -77,13 +77,20 @@ def robust_gap(of: Subject, how: How) -> dict[str, Any]:
         },
         "longer": _longer(of, *parts["test"], how),
     }
+    found = {name: _plain(value) for name, value in found.items()}
     record.write_json(path, found)
     return found
 
 
+def _plain(found: Any) -> Any:
+    """JSON knows no NaN and no infinity: null."""
+    if isinstance(found, dict):
+        return {name: _plain(value) for name, value in found.items()}
+    return None if isinstance(found, float) and not math.isfinite(found) else found
+
+
 def _part(of: Subject, split: str, examples: int) -> tuple[Tensor, Tensor]:
-    available = len(of.splits[split][1]) if split in of.splits else 0
-    x, y, _ = chosen(of, split, examples if examples < available else 0)
+    x, y, _ = up_to(of, split, examples)
     x = prepared(x, of.model)
     return x, y.to(x.device)
 

@@ -1,18 +1,15 @@
 """The measurement behind `saltflat landscape`: attacks made afresh along directions in weight space, or over a plane.
 
-landscapes/NAME.part            every example's outcome at the points that are done; what goes on after a kill
-landscapes/NAME.npz  NAME.json  outcomes of all examples at all points; their means, gaps and settings, written last
-
-The points of a coarse grid come first, so that there is something to look at early.
+landscapes/NAME.npz, NAME.part  every example's outcome at all points, or at those that are done
+landscapes/NAME.json            their means, gaps and settings, written last
 """
 
 from __future__ import annotations
 
 import math
-import time
-import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,10 +24,12 @@ from saltflat.evaluation.suite import prepared
 from saltflat.inputs import PGD
 from saltflat.lab import record
 from saltflat.lab.config import BadInput
-from saltflat.lab.console import progress, say
-from saltflat.lab.subjects import Subject, chosen, place
-from saltflat.landscape import adversarial_direction, over, random_direction
+from saltflat.lab.points import Arrays, Group, measured
+from saltflat.lab.subjects import Subject, place, up_to
+from saltflat.landscape import adversarial_direction, random_direction
 from saltflat.landscape.robust import afresh, frozen, total
+from saltflat.objectives import AT, Objective
+from saltflat.weights import Closure
 
 Direction = Literal["random", "adversarial"]
 Normalisation = Literal["filter", "layer"]
@@ -41,8 +40,6 @@ WORDS = {
     "filter": "filter by filter, no biases and norm layers",
     "layer": "layer by layer, no biases and norm layers",
 }
-COARSE = 5  # every so many points is measured first
-OFTEN = 1.0  # seconds between two writes of what is done
 
 
 @dataclass(frozen=True)
@@ -74,8 +71,16 @@ class Shown:
     attack: PGD
     how: How
 
-    def batches(self) -> Iterator[Tensor]:
-        return iter(torch.split(torch.arange(len(self.x)), self.how.batch_size))
+    def batches(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """x, y, and which examples they are."""
+        size = self.how.batch_size
+        everything = (self.x, self.y, torch.arange(len(self.x)))
+        return zip(*(torch.split(tensor, size) for tensor in everything), strict=True)
+
+    @property
+    def own(self) -> Objective | None:
+        """The objective that is measured beside cross-entropy, which is AT's."""
+        return self.of.objective if self.how.own_loss and self.of.objective != AT() else None
 
 
 def line(of: Subject, alphas: Sequence[float], directions: int, how: How) -> dict[str, Any]:
@@ -87,7 +92,8 @@ def line(of: Subject, alphas: Sequence[float], directions: int, how: How) -> dic
         return record.read_again(path)
     seeds = range(how.seed, how.seed + directions)
     points = [(seed, (alpha,)) for seed in seeds for alpha in alphas]
-    arrays = _measured(shown, path, points, lambda seed: [_direction(shown, how.direction, seed)])
+    groups = [Group(partial(_directions, shown, how.direction, seed), [(alpha,) for alpha in alphas]) for seed in seeds]
+    arrays = _measured(shown, groups, path)
     means = _means(arrays, (directions, len(alphas)))
     curves = [
         {"direction_seed": seed, **{name: _plain(values[row]) for name, values in means.items()}}
@@ -103,13 +109,14 @@ def line(of: Subject, alphas: Sequence[float], directions: int, how: How) -> dic
 def plane(of: Subject, alphas: Sequence[float], betas: Sequence[float], how: How) -> dict[str, Any]:
     """rho(w + alpha d + beta e), with d as `how` says and e random; what was asked before is read."""
     shown = _shown(of, how)
-    directions = [_direction(shown, how.direction, how.seed), _direction(shown, "random", how.seed + 1)]
     asked = _asked(shown, {"kind": "plane", "alphas": list(alphas), "betas": list(betas)})
+    asked["settings"]["direction"] = f"{WORDS[how.direction]} (α), and {WORDS['random']} (β)"
     path = place(of, "landscapes", how.split, asked)
     if path.is_file():
         return record.read_again(path)
     points = [(how.seed, (alpha, beta)) for alpha in alphas for beta in betas]
-    arrays = _measured(shown, path, points, lambda seed: directions)
+    directions = [_direction(shown, how.direction, how.seed), _direction(shown, "random", how.seed + 1)]
+    arrays = _measured(shown, [Group(lambda: directions, [place for _, place in points])], path)
     means = _means(arrays, (len(alphas), len(betas)))
     gaps = [
         {"alpha": point[0], "beta": point[1], "why": why}
@@ -152,7 +159,7 @@ def in_words(found: Mapping[str, Any]) -> str:
 
 
 def _shown(of: Subject, how: How) -> Shown:
-    x, y, _ = chosen(of, how.split, how.examples)
+    x, y, _ = up_to(of, how.split, how.examples)
     x = prepared(x, of.model)
     shown = Shown(of, x, y.to(x.device), of.threat.pgd(how.steps), how)
     _check_steady(shown)
@@ -161,8 +168,8 @@ def _shown(of: Subject, how: How) -> Shown:
 
 def _check_steady(shown: Shown) -> None:
     """A landscape of a network that answers differently each time would be noise."""
-    rows = next(shown.batches())
-    first, second = (answers(shown.of.model, shown.x[rows], shown.y[rows]).mean_loss for _ in range(2))
+    x, y, _ = next(shown.batches())
+    first, second = (answers(shown.of.model, x, y).mean_loss for _ in range(2))
     if abs(first - second) > 1e-4 * abs(first):
         raise BadInput(
             f"model: expected equal losses on equal images in eval mode, got {first:.6g} and {second:.6g}: it draws at "
@@ -183,12 +190,18 @@ def _asked(shown: Shown, grid: Mapping[str, Any]) -> dict[str, Any]:
             "direction": WORDS[how.direction],
             "normalisation": WORDS[how.normalisation],
             "attack": f"{of.threat.pgd_in_words(how.steps)}, {made}, starts per example",
-            "loss": f"cross-entropy{f', and {of.objective}' if how.own_loss else ''}",
+            "loss": "cross-entropy" if shown.own is None else f"cross-entropy, and {shown.own}",
             "batch_norm": "eval mode",
             "seed": how.seed,
             "batch_size": how.batch_size,
         },
     }
+
+
+def _measured(shown: Shown, groups: Sequence[Group], path: Path) -> Arrays:
+    label = f"landscape of {shown.of.folder.absolute().name}"
+    measure, to = _measure(shown), path.with_suffix(".npz")
+    return measured(shown.of.model, groups, measure, examples=len(shown.x), path=to, label=label)
 
 
 def _direction(shown: Shown, kind: Direction, seed: int) -> dict[str, Tensor]:
@@ -199,108 +212,47 @@ def _direction(shown: Shown, kind: Direction, seed: int) -> dict[str, Tensor]:
     return adversarial_direction(model, losses, ball=BALLS[how.normalisation])
 
 
+def _directions(shown: Shown, kind: Direction, seed: int) -> list[Weights]:
+    return [_direction(shown, kind, seed)]
+
+
 def _cosine(d: Weights, e: Weights) -> float:
     one, other = (torch.cat([part.flatten() for part in direction.values()]).double() for direction in (d, e))
     return torch.nn.functional.cosine_similarity(one, other, dim=0).item()
 
 
-Arrays = dict[str, NDArray[Any]]
-
-
-def _measure(shown: Shown) -> Callable[[], dict[str, Any]]:
+def _measure(shown: Shown) -> Callable[[], Arrays]:
     """() -> the outcomes of all examples with the weights as they stand."""
-    of, how = shown.of, shown.how
+    model, how = shown.of.model, shown.how
 
-    def attack(rows: Tensor) -> Tensor:
-        return attacked(of.model, shown.x[rows], shown.y[rows], shown.attack, seed=how.seed, ids=rows)
+    def attack(x: Tensor, y: Tensor, rows: Tensor) -> Tensor:
+        return attacked(model, x, y, shown.attack, seed=how.seed, ids=rows)
 
-    kept = [attack(rows) for rows in shown.batches()] if how.frozen else []
-    shares = frozen if how.frozen else afresh
-    losses = (
-        shares(
-            of.model,
-            shown.x,
-            shown.y,
-            shown.attack,
-            objective=of.objective,
-            batch_size=how.batch_size,
-            seed=how.seed,
-        )
-        if how.own_loss
-        else []
-    )
+    kept = [attack(*batch) for batch in shown.batches()] if how.frozen else []
+    losses = _own_losses(shown)
 
-    def measure() -> dict[str, Any]:
+    def measure() -> Arrays:
         robust, clean = [], []
-        for number, rows in enumerate(shown.batches()):
-            x_adv = kept[number] if how.frozen else attack(rows)
-            robust.append(answers(of.model, x_adv, shown.y[rows]))
-            clean.append(answers(of.model, shown.x[rows], shown.y[rows]))
+        for number, (x, y, rows) in enumerate(shown.batches()):
+            robust.append(answers(model, kept[number] if how.frozen else attack(x, y, rows), y))
+            clean.append(answers(model, x, y))
         under_attack = collect(robust)
         found = {
             "robust_loss": under_attack.loss.numpy(),
             "robust_accuracy": under_attack.correct.numpy(),
             "clean_loss": collect(clean).loss.numpy(),
         }
-        return found | ({"objective": np.array([total(losses)])} if how.own_loss else {})
+        return found | ({"objective": np.array([total(losses)])} if losses else {})
 
     return measure
 
 
-def _measured(
-    shown: Shown,
-    path: Path,
-    points: Sequence[tuple[int, tuple[float, ...]]],
-    directions: Callable[[int], Sequence[Weights]],
-) -> Arrays:
-    """Every example's outcomes at every (direction's seed, point): arrays (points, N), and `done` (points,)."""
-    part, last = path.with_suffix(".part"), time.monotonic()
-    arrays = _read_part(part, len(points), len(shown.x)) if part.is_file() else {}
-    done = arrays.setdefault("done", np.zeros(len(points), bool))
-    if done.any():
-        say(f"goes on after {done.sum()} of {len(points)} points: {part}")
-    measure = _measure(shown)
-    with progress() as bar:
-        task = bar.add_task(f"landscape of {shown.of.folder.absolute().name}", total=len(points), completed=done.sum())
-        try:
-            for seed in dict.fromkeys(seed for seed, _ in points):
-                ordered = _coarse_first([i for i, (of, _) in enumerate(points) if of == seed and not done[i]])
-                found = over(shown.of.model, directions(seed), (points[i][1] for i in ordered), measure)
-                for index, (_, outcome) in zip(ordered, found, strict=True):
-                    for name, values in outcome.items():
-                        arrays.setdefault(name, np.zeros((len(points), len(values)), values.dtype))[index] = values
-                    done[index] = True
-                    bar.advance(task)
-                    if time.monotonic() - last > OFTEN:
-                        _write(part, arrays)
-                        last = time.monotonic()
-        except BaseException:  # Ctrl-C among them: nothing that is done is lost
-            _write(part, arrays)
-            raise
-    _write(path.with_suffix(".npz"), arrays)
-    return arrays
-
-
-def _coarse_first(indices: Sequence[int]) -> list[int]:
-    return sorted(indices, key=lambda index: (index % COARSE > 0, index))
-
-
-def _read_part(part: Path, points: int, examples: int) -> Arrays:
-    try:
-        with open(part, "rb") as file, np.load(file, allow_pickle=False) as read:
-            arrays = {name: read[name] for name in read.files}
-        if arrays["done"].shape != (points,) or arrays["robust_loss"].shape != (points, examples):
-            raise ValueError("its shapes are of another measurement")
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        raise BadInput(f"landscapes: cannot go on from {part} ({error}); delete it to begin anew") from None
-    return arrays
-
-
-def _write(path: Path, arrays: Arrays) -> None:
-    if not arrays["done"].any():
-        return
-    with record.replacing(path) as temporary, open(temporary, "wb") as file:
-        np.savez(file, **arrays)  # type: ignore[arg-type]
+def _own_losses(shown: Shown) -> list[Closure]:
+    if shown.own is None:
+        return []
+    shares, how = frozen if shown.how.frozen else afresh, shown.how
+    model, x, y, own = shown.of.model, shown.x, shown.y, shown.own
+    return shares(model, x, y, shown.attack, objective=own, batch_size=how.batch_size, seed=how.seed)
 
 
 def _written(path: Path, found: dict[str, Any]) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike
 from torch import Tensor, nn
 
 from saltflat.balls import Box, Ellipsoid, Layerwise, WeightBall, Weights
@@ -23,7 +24,7 @@ from saltflat.landscape import along, random_direction
 from saltflat.landscape.average_case import average_case
 from saltflat.landscape.density import spectral_density
 from saltflat.landscape.estimate import Estimate, mean
-from saltflat.landscape.extent import area, half_width
+from saltflat.landscape.extent import area, widths
 from saltflat.landscape.fisher import fisher_trace, squared_gradients
 from saltflat.landscape.hessian import hessian
 from saltflat.landscape.lanczos import top_eigenvalues
@@ -43,8 +44,13 @@ EXACT = 0.0  # standard error of what has no draws
 class How:
     """How flatness is measured; everything in it is on record.
 
-    steps: of the attack. draws: of average-case noise a batch, and of the tolerated noise. climbs: steps of the
-    ascent in w. directions: of the slices. probes: products for traces.
+    steps: of the attack. draws: of average-case noise a batch; tolerated noise, which asks for each a dozen times, has
+    half as many. climbs: steps of the ascent in w. directions: of the slices. probes: products for traces.
+
+    xi: average case, ‖v_l‖ <= xi ‖w_l‖ (Stutz et al.). rho: adaptive average case, v_i ~ N(0, (rho w_i)^2). gamma:
+    worst case, ‖v_l‖ <= gamma ‖w_l‖. rho_l2, rho_linf: adaptive sharpness, ‖v/|w|‖_2 and max |v_i/w_i|. epsilon:
+    Keskar's. threshold: rise in nats that tolerated noise may cause. reach, points: of the slices; width: the rise in
+    nats at which their half-width is read.
     """
 
     split: str = "train"
@@ -57,6 +63,16 @@ class How:
     restarts: int = 1
     directions: int = 3
     probes: int = 60
+    xi: float = 0.5
+    rho: float = 0.3
+    gamma: float = 0.01
+    rho_l2: float = 0.5
+    rho_linf: float = 0.004
+    epsilon: float = 1e-3
+    threshold: float = 0.1
+    reach: float = 1.0
+    points: int = 11
+    width: float = 0.5
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,8 +88,11 @@ class Shown:
     how: How
     initial: Callable[[], Weights] | None = None
 
-    def afresh(self, attacked: bool = True) -> list[Closure]:
-        return afresh(self.model, self.x, self.y, self.attack if attacked else None, **self._drawn)
+    def afresh(self) -> list[Closure]:
+        return afresh(self.model, self.x, self.y, self.attack, **self._drawn)
+
+    def clean(self) -> list[Closure]:
+        return afresh(self.model, self.x, self.y, None, **self._drawn)
 
     def continued(self) -> list[Closure]:
         return continued(self.model, self.x, self.y, self.attack, **self._drawn)
@@ -94,8 +113,10 @@ class Shown:
 
 @dataclass(frozen=True)
 class Found:
-    """One measure: what it is called, what came out, and how; `sign` is +1 where more means sharper, -1 where more
-    means flatter.
+    """One measure: what it is called, what came out, and how.
+
+    sign: +1 where more means sharper, -1 where more means flatter. note: why it is not, or only partly, measured.
+    starts: of a maximum, what was found from each start; how far they differ says how far the search is to be trusted.
     """
 
     name: str
@@ -105,38 +126,37 @@ class Found:
     settings: str
     sign: int = 1
     note: str = ""
+    starts: tuple[float, ...] = ()
 
 
 def _average(shown: Shown) -> list[Found]:
-    xi, how = 0.5, shown.how
-    words = f"v uniform in the ball ‖v_l‖ ≤ {xi} ‖w_l‖, {how.draws} draws for each batch of {how.batch_size}"
-    found = []
-    for name, losses, made in (
-        ("average case", shown.afresh(), "attacked afresh under each v"),
-        ("average case, clean loss", shown.afresh(attacked=False), "no attack"),
-    ):
-        rise = average_case(shown.model, losses, within(Layerwise(xi)), draws=how.draws, seed=how.seed)
-        found.append(_estimated(name, rise, "nats", f"{words}, {made}"))
-    return found
+    return [
+        _in_the_ball("average case", shown, shown.afresh(), "attacked afresh under each v"),
+        _in_the_ball("average case, clean loss", shown, shown.clean(), "no attack"),
+    ]
 
 
 def _frozen_average(shown: Shown) -> list[Found]:
-    xi, how = 0.5, shown.how
-    rise = average_case(shown.model, shown.frozen(), within(Layerwise(xi)), draws=how.draws, seed=how.seed)
-    words = f"v uniform in the ball ‖v_l‖ ≤ {xi} ‖w_l‖, {how.draws} draws for each batch of {how.batch_size}"
-    return [_estimated("average case, frozen examples", rise, "nats", f"{words}, examples attacked once, at w")]
+    return [_in_the_ball("average case, frozen examples", shown, shown.frozen(), "examples attacked once, at w")]
+
+
+def _in_the_ball(name: str, shown: Shown, losses: Losses, made: str) -> Found:
+    how = shown.how
+    rise = average_case(shown.model, losses, within(Layerwise(how.xi)), draws=how.draws, seed=how.seed)
+    words = f"v uniform in the ball ‖v_l‖ ≤ {how.xi:g} ‖w_l‖, {how.draws} draws for each batch of {how.batch_size}"
+    return _estimated(name, rise, "nats", f"{words}, {made}")
 
 
 def _adaptive_average(shown: Shown) -> list[Found]:
-    rho, how = 0.3, shown.how
-    rise = average_case(shown.model, shown.afresh(), adaptive_gaussian(rho), draws=how.draws, seed=how.seed)
-    words = f"v_i ~ N(0, ({rho} w_i)²), {how.draws} draws for each batch of {how.batch_size}, attacked afresh"
+    how = shown.how
+    rise = average_case(shown.model, shown.afresh(), adaptive_gaussian(how.rho), draws=how.draws, seed=how.seed)
+    words = f"v_i ~ N(0, ({how.rho:g} w_i)²), {how.draws} draws for each batch of {how.batch_size}, attacked afresh"
     return [_estimated("adaptive average case", rise, "nats", words)]
 
 
 def _worst(shown: Shown) -> list[Found]:
-    gamma = 0.01
-    words = f"‖v_l‖ ≤ {gamma} ‖w_l‖"
+    gamma = shown.how.gamma
+    words = f"‖v_l‖ ≤ {gamma:g} ‖w_l‖"
     alternating = _by_batch(shown, Layerwise(gamma), shown.afresh())
     joint = [
         worst_case(
@@ -161,17 +181,17 @@ def _one_of(losses: Callable[[], Losses], number: int) -> Losses:
 
 
 def _adaptive(shown: Shown) -> list[Found]:
-    found = []
-    for name, ball, words in (
-        ("adaptive sharpness, L2", Ellipsoid(0.5), "‖v/|w|‖₂ ≤ 0.5"),
-        ("adaptive sharpness, L-inf", Box(0.004), "|v_i| ≤ 0.004 |w_i|"),
-    ):
-        found.append(_highest(name, _by_batch(shown, ball, shown.afresh()), shown, words))
-    return found
+    l2, linf = shown.how.rho_l2, shown.how.rho_linf
+    in_l2, in_linf = (_by_batch(shown, ball, shown.afresh()) for ball in (Ellipsoid(l2), Box(linf)))
+    made = "attacked afresh before each step"
+    return [
+        _highest("adaptive sharpness, L2", in_l2, shown, f"‖v/|w|‖₂ ≤ {l2:g}, {made}"),
+        _highest("adaptive sharpness, L-inf", in_linf, shown, f"|v_i| ≤ {linf:g} |w_i|, {made}"),
+    ]
 
 
 def _keskar(shown: Shown) -> list[Found]:
-    epsilon, how = 1e-3, shown.how
+    epsilon, how = shown.how.epsilon, shown.how
     worst = worst_case(
         shown.model,
         shown.afresh(),
@@ -181,13 +201,15 @@ def _keskar(shown: Shown) -> list[Found]:
         seed=how.seed,
         where=_trained,
     )
-    words = f"|v_i| ≤ {epsilon:g} (|w_i| + 1), all weights, all examples, {_climb(shown)}"
-    return [Found("Keskar's sharpness", keskar_sharpness(worst), math.nan, "%", words)]
+    words = f"|v_i| ≤ {epsilon:g} (|w_i| + 1), all weights, all examples, attacked afresh before each step"
+    starts = tuple(keskar_sharpness(replace(worst, value=value)) for value in worst.by_start)
+    settings = f"{words}, {_climb(shown)}"
+    return [Found("Keskar's sharpness", keskar_sharpness(worst), math.nan, "%", settings, starts=starts)]
 
 
 def _tolerance(shown: Shown) -> list[Found]:
-    threshold, how = 0.1, shown.how
-    losses, draws = shown.afresh(), max(2, how.draws // 2)  # each is asked for at a dozen sigmas
+    threshold, how = shown.how.threshold, shown.how
+    losses, draws = shown.afresh(), max(2, how.draws // 2)
     sigma = tolerated_noise(
         shown.model,
         lambda: total(losses),
@@ -203,33 +225,33 @@ def _tolerance(shown: Shown) -> list[Found]:
 
 
 def _slices(shown: Shown) -> list[Found]:
-    reach, points, threshold, how = 1.0, 11, 0.5, shown.how
+    how = shown.how
+    reach, points, threshold = how.reach, how.points, how.width
     alphas, losses = np.linspace(-reach, reach, points), shown.afresh()
     directions = range(how.seed, how.seed + how.directions)
     curves = [
         [g for _, g in along(shown.model, random_direction(shown.model, seed), alphas.tolist(), lambda: total(losses))]
         for seed in directions
     ]
-    finite = np.where(np.isfinite(curves), curves, np.nan)
     words = (
         f"{points} α in [−{reach:g}, {reach:g}], {how.directions} random filter-normalised directions, attacked afresh"
     )
-    areas = [area(alphas, g) for g in finite]
-    widths = [half_width(alphas, g, threshold) for g in finite]
-    wide = sum(width > reach for width in widths)
-    return [
-        _over_directions("landscape area", areas, "nats", words),
-        replace(
-            _over_directions(
-                "landscape half-width",
-                [min(width, reach) for width in widths],  # or the flattest models would have no number
-                "of ‖w‖",
-                f"first rise by {threshold} nats, at most {reach:g}; {words}",
-                sign=-1,
-            ),
-            note=f"along {wide} of {len(widths)} directions it is not reached by {reach:g}" if wide else "",
-        ),
-    ]
+    areas = [area(alphas, np.where(np.isfinite(g), g, np.nan)) for g in curves]
+    sides = np.array([widths(alphas, g, threshold) for g in curves])
+    beyond = int((sides > reach).sum())
+    half_widths = np.minimum(sides, reach).mean(1)  # censored, or the flattest models would have no number
+    half = _over_directions(
+        "landscape half-width",
+        half_widths,
+        "of ‖w‖",
+        f"first rise by {threshold:g} nats on either side, at most {reach:g}; {words}",
+        sign=-1,
+    )
+    if beyond:
+        half = replace(half, note=f"on {beyond} of {sides.size} sides it is not reached by {reach:g}")
+    if beyond == sides.size:
+        half = replace(half, standard_error=math.nan)
+    return [_over_directions("landscape area", areas, "nats", words), half]
 
 
 def _curvature(shown: Shown) -> list[Found]:
@@ -246,7 +268,7 @@ def _curvature(shown: Shown) -> list[Found]:
             top.values[0].item(),
             top.residuals[0].item(),
             unit,
-            f"Lanczos, {top.steps} products, the error is the residual; {shared}",
+            f"Lanczos, at most {how.probes} products, the error is the residual; {shared}",
             note="" if top.converged else "not converged to 1e-3",
         ),
         _estimated("Hessian trace", whole, unit, f"Hutch++, {how.probes} products; {shared}"),
@@ -267,12 +289,15 @@ def _curvature(shown: Shown) -> list[Found]:
 
 def _density(shown: Shown) -> list[Found]:
     how, operator = shown.how, hessian(shown.model, shown.frozen())
-    runs = 3
+    runs, share = 3, 1e-4
     density = spectral_density(operator, how.probes // runs, runs, how.seed)
-    words = f"stochastic Lanczos quadrature, {runs} runs of {how.probes // runs} products; examples attacked once, at w"
-    negative = torch.where(density.nodes < 0, density.weights, 0).sum(1)
-    error = (negative.std() / math.sqrt(runs)).item()
-    return [Found("share of negative Hessian eigenvalues", negative.mean().item(), error, "of 1", words)]
+    least = share * density.nodes.abs().max().item()  # nearer to 0 than that, their sign is rounding
+    negative = mean(torch.where(density.nodes < -least, density.weights, 0).sum(1))
+    words = (
+        f"below −{share:g} of the largest; stochastic Lanczos quadrature, {runs} runs of {how.probes // runs} products"
+    )
+    settings = f"{words}; examples attacked once, at w"
+    return [_estimated("share of negative Hessian eigenvalues", negative, "of 1", settings)]
 
 
 def _gradients(shown: Shown) -> list[Found]:
@@ -306,15 +331,15 @@ def _by_batch(shown: Shown, ball: WeightBall, losses: Losses) -> list[Worst]:
 
 
 def _highest(name: str, worst: Sequence[Worst], shown: Shown, words: str) -> Found:
-    """The sum over batches. A maximum has no standard error; how far restarts differ is said in its place."""
-    starts = [sum(found.by_start[number] for found in worst) for number in range(shown.how.restarts + 1)]
+    """The sum over batches. A maximum has no standard error; what each start found stands in its place."""
+    starts = tuple(sum(found.by_start[number] for found in worst) for number in range(shown.how.restarts + 1))
     settings = f"{words}, max over v for each batch of {shown.how.batch_size}, {_climb(shown)}"
-    note = f"by start: {', '.join(f'{value:.4g}' for value in starts)}"
-    return Found(name, sum(found.value for found in worst), math.nan, "nats", settings, note=note)
+    return Found(name, sum(found.value for found in worst), math.nan, "nats", settings, starts=starts)
 
 
 def _climb(shown: Shown) -> str:
-    return f"{shown.how.climbs} steps from w and from {shown.how.restarts} random starts"
+    n = shown.how.restarts
+    return f"{shown.how.climbs} steps from w" + (f" and from {n} random start{'' if n == 1 else 's'}" if n else "")
 
 
 def _trained(name: str, parameter: nn.Parameter) -> bool:
@@ -325,8 +350,8 @@ def _estimated(name: str, found: Estimate, unit: str, settings: str, sign: int =
     return Found(name, found.value, found.standard_error, unit, settings, sign, note)
 
 
-def _over_directions(name: str, values: Sequence[float], unit: str, settings: str, sign: int = 1) -> Found:
-    found = mean(torch.tensor(values, dtype=torch.float64))
+def _over_directions(name: str, values: ArrayLike, unit: str, settings: str, sign: int = 1) -> Found:
+    found = mean(torch.from_numpy(np.asarray(values, np.float64)))
     return Found(name, found.value, found.standard_error, unit, settings, sign)
 
 

@@ -6,7 +6,7 @@
     checkpoints/best.safetensors                      weights, after every epoch that is the best on validation so far
     checkpoints/epoch-N.safetensors                   weights of epochs that keep_every asks for
     checkpoints/resume.pt                             all that `fit` needs to go on, written last
-    outcomes/  landscapes/  flatness/                 what `evaluate`, `landscape` and `flatness` find
+    outcomes/  landscapes/  flatness/  gaps/          what `evaluate`, `landscape`, `flatness` and `study` find
 
 Every file but the metrics is written beside its place, flushed to the disk, and renamed into it. A line of metrics may
 be there without its checkpoint (killed in between); going on drops it, and the epoch is made again, equal.
@@ -85,6 +85,32 @@ def keep_metrics_until(folder: Path, epoch: int) -> None:
     """Drop what was written of later epochs, and a line that was cut."""
     kept = [line for line in read_metrics(folder) if line["epoch"] <= epoch]
     write_text(folder / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in kept))
+
+
+def check_folder(field: str, folder: Path) -> None:
+    """BadInput unless such a folder is there or can be made."""
+    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise BadInput(f"{field}: expected a folder, got {str(folder)!r}, and {there} is a file")
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """BadInput if another process is in such a block for the same folder. Where the system has no such locks, nobody is
+    kept out.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "w") as file:
+        try:
+            import fcntl
+        except ImportError:
+            yield
+            return
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise BadInput(f"out: another process is at work in {folder}") from None
+        yield
 
 
 @contextmanager

@@ -191,6 +191,18 @@ def chosen(of: Subject, split: str, examples: int) -> tuple[Tensor, Tensor, Tens
     return x[rows], y[rows], rows
 
 
+def up_to(of: Subject, split: str, examples: int) -> tuple[Tensor, Tensor, Tensor]:
+    """As `chosen`, but more examples than there are, are all."""
+    available = len(of.splits[split][1]) if split in of.splits else 0
+    return chosen(of, split, examples if examples < available else 0)
+
+
+def check_sides(about: Foreign) -> None:
+    """BadInput unless its data can be read, and have both sides of a gap."""
+    if "train" not in _splits(about):
+        raise BadInput(f"data: expected training images beside test images, which {about.data} has none of")
+
+
 def place(of: Subject, kind: str, split: str, asked: Mapping[str, Any]) -> Path:
     """One file for one question: its name has a digest of the weights and of all settings."""
     name = re.sub(r"[^A-Za-z0-9._-]+", "_", of.checkpoint)

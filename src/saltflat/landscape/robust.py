@@ -31,7 +31,7 @@ from saltflat.inputs import PGD
 from saltflat.objectives import AT, Objective
 from saltflat.random import PerExample
 from saltflat.step import Mode, in_mode
-from saltflat.weights import Closure
+from saltflat.weights import Closure, buffers_kept
 
 Losses = Sequence[Closure]
 
@@ -57,8 +57,9 @@ def afresh(
         objective: what the attack maximises, and what is returned; default `AT()`, cross-entropy in nats.
         batch_size: examples a closure; with `AT` it changes no value but by rounding.
         seed, ids: of the starts: row i draws from (seed, ids[i]); ids default to 0 ... N - 1.
-        mode: of the model, in the attack and after it; with "train" BatchNorm sees batch statistics, and its running
-            ones move, which `perturbed` and `gradient` undo.
+        mode: of the model, in the attack and after it. With "train", BatchNorm sees batch statistics, and its running
+            ones move with every call, by the forwards of the outer loss alone; `perturbed`, `gradient` and the measures
+            of this room undo that.
 
     Returns: closures () -> scalar with a graph to the weights; their sum is the mean over all N.
 
@@ -152,7 +153,7 @@ class _Batch:
         """x' at the weights as they stand; from `start`, or from the attack's own draw."""
         if self.attack is None:
             return self.x
-        with in_mode(self.model, self.mode):
+        with in_mode(self.model, self.mode), buffers_kept(self.model):
             f = self.objective.inner(self.model, self.x, self.y)
             return self.attack(f, self.x, start=start, generator=PerExample(self.seed, self.ids))
 
@@ -179,8 +180,6 @@ def _batches(
         raise ValueError(f"batch_size: expected an integer >= 1, got {batch_size!r}")
     if not len(x) == len(y) > 0:
         raise ValueError(f"y: expected as many labels as images, and some, got {len(y)} for {len(x)}")
-    ids, of = torch.arange(len(x)) if ids is None else ids, AT() if objective is None else objective
-    return [
-        _Batch(model, of, attack, x[rows], y[rows], seed, ids[rows], mode, len(rows) / len(x))
-        for rows in torch.split(torch.arange(len(x)), batch_size)
-    ]
+    names, of = torch.arange(len(x)) if ids is None else ids, AT() if objective is None else objective
+    parts = zip(*(torch.split(tensor, batch_size) for tensor in (x, y, names)), strict=True)
+    return [_Batch(model, of, attack, x_b, y_b, seed, ids_b, mode, len(x_b) / len(x)) for x_b, y_b, ids_b in parts]

@@ -10,27 +10,23 @@ here, from runs that are there already, or from checkpoints of others, to the an
 
 from __future__ import annotations
 
+import json
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from saltflat.lab import record
-from saltflat.lab.config import BadInput, checked, number
+from saltflat.lab.config import BadInput, checked
 from saltflat.lab.console import say
 from saltflat.lab.gaps import How as GapHow
 from saltflat.lab.measures import How
-from saltflat.lab.study import grid, page
-from saltflat.lab.study.grid import Grid
-from saltflat.lab.study.models import Existing, OfOthers, Plan, Row, Task, Trained, in_words, row
+from saltflat.lab.study import grid, listing, page
+from saltflat.lab.study.models import Existing, Plan, Row, Task, Trained, in_words, rows
 from saltflat.lab.study.table import Measure, Model, Table, plain, write_table
 from saltflat.lab.study.words import headline
 from saltflat.lab.study.workers import side_by_side
-from saltflat.lab.subjects import STEP, Foreign
-from saltflat.lab.threat import Threat
 from saltflat.lab.trainings import check_free
 
 # Sizes for digits: a measure takes a second or so.
@@ -59,148 +55,104 @@ FLOOR = 0.0  # of models that were not trained here: nothing is known that would
 
 @dataclass(frozen=True)
 class Asked:
-    """A study: its models, and how they are measured."""
+    """A study: where its models come from, and below what training robust accuracy, in percent, one is undertrained."""
 
     title: str
-    tasks: Mapping[str, Task]
+    tasks: Sequence[Task]
     plan: Plan
     floor: float
 
+    @property
+    def models(self) -> list[str]:
+        """Their names."""
+        return [name for task in self.tasks for name in task.models.values()]
 
-def of_preset(preset: str, recipes: Iterable[str], out: Path, data_path: Path | None) -> Asked:
+
+def of_preset(preset: str, recipes: Iterable[str], out: Path, data_path: Path | None, device: str | None) -> Asked:
     """A grid, all of which is trained here."""
-    wanted: Grid = grid.PRESETS[preset]
-    configs = {name: checked(each) for name, each in grid.trainings(wanted, recipes, data_path).items()}
+    wanted, plan = grid.PRESETS[preset], PLANS[preset]
+    configs = {name: checked(each) for name, each in grid.trainings(wanted, recipes, data_path, device).items()}
     folders = {name: out / "models" / name for name in configs}
     check_free({folders[name]: config for name, config in configs.items()})
-    plan = PLANS[preset]
-    tasks = {}
-    for name, config in configs.items():
-        for checkpoint in wanted.checkpoints:
-            label = name if len(wanted.checkpoints) == 1 else f"{name}-{checkpoint}"
-            tasks[label] = Task(label, name, Trained(config, folders[name], checkpoint), plan)
+    tasks = [Task(name, Trained(each, folders[name], wanted.checkpoints), plan) for name, each in configs.items()]
     return Asked(f"Flatness and the robust gap, {preset} grid", tasks, plan, wanted.floor)
 
 
-def of_runs(runs: Sequence[Path], checkpoints: Sequence[str], plan: Plan, data_path: Path | None) -> Asked:
+def of_runs(runs: Sequence[Path], checkpoints: Sequence[str], data_path: Path | None, device: str | None) -> Asked:
     """Runs that are there; each of their checkpoints is a model."""
-    tasks: dict[str, Task] = {}
-    for run in runs:
-        record.read_config(run)
-        for checkpoint in checkpoints:
-            if not (run / "checkpoints" / f"{checkpoint}.safetensors").is_file():
-                raise BadInput(f"runs: expected a checkpoint {checkpoint!r} in {run}, found none")
-            name = run.name if len(checkpoints) == 1 else f"{run.name}-{checkpoint}"
-            if name in tasks:
-                raise BadInput(f"runs: expected folders of different names, got {run.name!r} twice")
-            tasks[name] = Task(name, run.name, Existing(run, checkpoint, data_path), plan)
-    return Asked("Flatness and the robust gap, existing runs", tasks, plan, FLOOR)
+    if repeated := [name for i, name in enumerate(checkpoints) if name in checkpoints[:i]]:
+        raise BadInput(f"checkpoints: expected each once, got {repeated[0]!r} again")
+    tasks = [Task(run.absolute().name, Existing(run, checkpoints, data_path, device or "auto"), SMALL) for run in runs]
+    return Asked("Flatness and the robust gap, existing runs", tasks, SMALL, FLOOR)
 
 
-NEEDED = {"name", "file", "network", "data", "eps"}
-FIELDS = NEEDED | {"data_path", "mean", "std", "key", "norm", "step_size", "cluster", "axes"}
-
-
-def of_files(listing: Path, plan: Plan, out: Path) -> Asked:
-    """Checkpoints of others, listed in a YAML file: for each, name, file, network, data, data_path, eps, and perhaps
-    mean, std, key, norm, step_size, cluster, axes.
-    """
-    try:
-        entries = yaml.safe_load(listing.read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise BadInput(f"listing: cannot read {listing}: {' '.join(str(error).split())}") from None
-    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
-        raise BadInput(f"listing: expected a list of models with named fields in {listing}")
-    tasks: dict[str, Task] = {}
-    for place, entry in enumerate(entries, start=1):
-        task = _listed(entry, f"listing: model {place} of {listing}", plan, out)
-        if task.name in tasks:
-            raise BadInput(f"listing: expected names that differ, got {task.name!r} twice")
-        tasks[task.name] = task
-    return Asked("Flatness and the robust gap, checkpoints of others", tasks, plan, FLOOR)
-
-
-def _listed(entry: Mapping[str, Any], where: str, plan: Plan, out: Path) -> Task:
-    if strange := sorted(entry.keys() - FIELDS):
-        raise BadInput(f"{where}: expected fields of {', '.join(sorted(FIELDS))}, got {strange[0]!r}")
-    if missing := sorted(NEEDED - entry.keys()):
-        raise BadInput(f"{where}: expected a {missing[0]}, got none")
-    try:
-        eps = number(entry["eps"])
-        threat = Threat(entry.get("norm", "Linf"), eps, number(entry.get("step_size", STEP * eps)))
-        mean, std = (tuple(number(value) for value in entry.get(name) or ()) for name in ("mean", "std"))
-        axes = dict(entry.get("axes") or {})
-    except (ValueError, TypeError) as error:
-        raise BadInput(f"{where}: {error}") from None
-    if threat.norm not in ("Linf", "L2"):
-        raise BadInput(f"{where}: norm: expected Linf or L2, got {threat.norm!r}")
-    file = Path(str(entry["file"]))
-    if not file.is_file():
-        raise BadInput(f"{where}: file: expected a checkpoint, got {str(file)!r}")
-    data_path = Path(str(entry["data_path"])) if "data_path" in entry else None
-    about = Foreign(str(entry["network"]), str(entry["data"]), data_path, mean, std, entry.get("key"))
-    name = str(entry["name"])
-    folder = out / "models" / name
-    if folder.name != name:
-        raise BadInput(f"{where}: name: expected a name without slashes, got {name!r}")
-    return Task(name, str(entry.get("cluster", name)), OfOthers(file, about, threat, folder, axes), plan)
-
-
-def with_floor(asked: Asked, floor: float) -> Asked:
-    """The same with another floor of training robust accuracy, in percent."""
-    return replace(asked, floor=floor)
+def of_files(path: Path, out: Path, device: str | None) -> Asked:
+    """Checkpoints of others, listed in a file."""
+    tasks = listing.read(path, SMALL, out, device or "auto")
+    return Asked("Flatness and the robust gap, checkpoints of others", tasks, SMALL, FLOOR)
 
 
 def study(asked: Asked, out: Path, workers: int) -> None:
     """Train, measure, and write the page; what is there already is read."""
-    if len(asked.tasks) < 2:
-        raise BadInput(f"runs: expected at least two models, got {len(asked.tasks)}")
-    _claim(out, asked)
-    began = time.perf_counter()
-    rows = side_by_side(row, asked.tasks, workers, out / "logs", in_words)
-    table = tabled(asked, list(rows.values()))
-    write_table(table, out / "table.json")
-    found = page.write(table, out)
-    for sentence in headline(found):
-        say(f"{sentence.claim} {sentence.evidence}".strip())
-    say(f"{len(rows)} models in {time.perf_counter() - began:.0f} s; {out / 'gap.html'}")
+    _check(asked, out)
+    with record.alone(out):
+        _claim(out, asked)
+        began = time.perf_counter()
+        found = side_by_side(rows, {task.name: task for task in asked.tasks}, workers, out / "logs", in_words)
+        table = tabled(asked, [row for each in found.values() for row in each])
+        write_table(table, out / "table.json")
+        for sentence in headline(page.write(table, out)):
+            say(f"{sentence.claim} {sentence.evidence}".strip())
+        say(f"{len(table.models)} models in {time.perf_counter() - began:.0f} s; {out / 'gap.html'}")
+
+
+def _check(asked: Asked, out: Path) -> None:
+    """All that can be wrong is found here, before anything is written or trained."""
+    record.check_folder("out", out)
+    if len(asked.models) < 2:
+        raise BadInput(f"runs: expected at least two models, got {len(asked.models)}")
+    names = [task.name for task in asked.tasks]
+    if repeated := [name for i, name in enumerate(names) if name in names[:i]]:
+        raise BadInput(f"runs: expected different names, got {repeated[0]!r} twice")
+    for task in asked.tasks:
+        task.source.check()
+    for read in dict(task.source.reads() for task in asked.tasks).values():
+        read()
+    path = out / "study.json"
+    if path.is_file() and record.read_again(path) != _question(asked):
+        raise BadInput(f"out: {out} holds another study; choose another folder")
 
 
 def _claim(out: Path, asked: Asked) -> None:
     """The folder is this study's: written down at its first call, and compared at every other."""
-    question = {
-        "title": asked.title,
-        "models": list(asked.tasks),
-        "plan": plain(asdict(asked.plan)),
-        "floor": asked.floor,
-    }
-    path = out / "study.json"
-    if path.is_file():
-        if record.read_again(path) != question:
-            raise BadInput(f"out: {out} holds another study; choose another folder")
-        return
-    if out.exists() and not out.is_dir():
-        raise BadInput(f"out: expected a folder, got the file {str(out)!r}")
-    record.write_json(path, question)
+    if not (out / "study.json").is_file():
+        record.write_json(out / "study.json", _question(asked))
 
 
-def tabled(asked: Asked, rows: Sequence[Row]) -> Table:
+def _question(asked: Asked) -> dict[str, Any]:
+    """What makes it this study, as JSON gives it back: its models and what is measured of them."""
+    sources = {task.name: [task.source.identity(), list(task.source.checkpoints), task.cluster] for task in asked.tasks}
+    question: dict[str, Any] = json.loads(json.dumps({"models": plain(sources), "plan": plain(asdict(asked.plan))}))
+    return question
+
+
+def tabled(asked: Asked, found: Sequence[Row]) -> Table:
     """All rows as one table. Axes in which no two models differ say nothing, and are left out."""
     measures: dict[str, Measure] = {}
-    for each in rows:
+    for each in found:
         for measure in each.measures:
             if measures.setdefault(measure.name, measure) != measure:
                 measures[measure.name] = replace(measure, settings="differ between models")
-    how = asked.plan.how
+    gap, how = asked.plan.gap, asked.plan.how
     return Table(
         title=asked.title,
         measures=tuple(measures.values()),
-        models=tuple(_varying([each.model for each in rows])),
+        models=tuple(_varying([each.model for each in found])),
         floor=asked.floor,
         settings={
-            "gap": f"PGD-{asked.plan.gap.steps}, at w, in eval mode, without augmentation, on up to "
-            f"{asked.plan.gap.train_examples} training and {asked.plan.gap.test_examples} test examples",
-            "flatness": f"PGD-{how.steps}, at w, in eval mode, on {how.examples} training examples",
+            "gap": f"PGD-{gap.steps}, at w, in eval mode, without augmentation, on at most {gap.train_examples} "
+            f"training and {gap.test_examples} test examples",
+            "flatness": f"PGD-{how.steps}, at w, in eval mode, on at most {how.examples} training examples",
         },
     )
 

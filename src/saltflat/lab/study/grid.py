@@ -106,19 +106,24 @@ PAPER = Grid(
 PRESETS = {"small": SMALL, "paper": PAPER}
 
 
-def trainings(grid: Grid, recipes: Iterable[str] = (), data_path: Path | None = None) -> dict[str, Train]:
-    """All configs by name; each is named after what it changes. `recipes` join the methods: what those change in their
-    objective and in their weight adversary is changed in the base.
+def trainings(
+    grid: Grid, recipes: Iterable[str] = (), data_path: Path | None = None, device: str | None = None
+) -> dict[str, Train]:
+    """All configs by name, each once; they are named after what they change. `recipes` join the methods: their
+    objective and their weight adversary take the place of the base's.
 
     >>> list(trainings(replace(SMALL, axes={"awp.gamma": (0.01,)}, methods={"at": {}, "at-awp": {"awp.gamma": 0.005}})))
     ['at-seed0', 'at-seed1', 'at-seed2', 'at-awp-seed0', 'at-awp-seed1', 'at-awp-seed2', 'at-gamma-0.01']
     """
-    methods = {**grid.methods, **{name: _method(name) for name in recipes}}
-    base = grid.base if data_path is None else replace(grid.base, data=replace(grid.base.data, path=data_path))
+    methods = {**grid.methods, **{name: _method(name, grid) for name in recipes}}
+    base = replace(grid.base, device=device or grid.base.device)
+    base = base if data_path is None else replace(base, data=replace(base.data, path=data_path))
     found: dict[str, Train] = {}
     for name, changes in methods.items():
         for seed in SEEDS:
-            found[f"{name}-seed{seed}"] = _named(_changed(base, {**changes, "seed": seed}))
+            config = _named(_changed(base, {**changes, "seed": seed}))
+            if config not in found.values():
+                found[f"{name}-seed{seed}"] = config
     for axis, values in grid.axes.items():
         for name in grid.varied:
             for value in values:
@@ -126,6 +131,11 @@ def trainings(grid: Grid, recipes: Iterable[str] = (), data_path: Path | None = 
                 if config not in found.values():
                     found[f"{name}-{axis.rpartition('.')[2].replace('_', '-')}-{value}"] = config
     return found
+
+
+def device(preset: str | None) -> str:
+    """Where a preset's models are trained and measured; "auto" without one."""
+    return "auto" if preset is None else PRESETS[preset].base.device
 
 
 def axes(config: Train) -> dict[str, Any]:
@@ -159,8 +169,10 @@ def _named(config: Train) -> Train:
     return replace(config, recipe=config.objective.name + ("-awp" if config.awp.gamma else ""))
 
 
-def _method(recipe: str) -> Change:
+def _method(recipe: str, grid: Grid) -> Change:
     if recipe not in RECIPES:
         raise BadInput(f"recipes: expected names that `saltflat recipes` lists, got {recipe!r}")
+    if recipe in grid.methods:
+        raise BadInput(f"recipes: {recipe!r} is in the grid already; expected others")
     of = RECIPES[recipe]
     return {"objective": of.objective, "awp": of.awp}

@@ -8,6 +8,7 @@ Wang, arXiv 2004.05884, section 3): does the landscape sharpen as the gap opens?
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,8 +22,8 @@ from saltflat.lab.gaps import How as GapHow
 from saltflat.lab.gaps import robust_gap
 from saltflat.lab.measures import How
 from saltflat.lab.study import process_page
+from saltflat.lab.study.models import Existing
 from saltflat.lab.study.workers import side_by_side
-from saltflat.lab.subjects import from_run
 from saltflat.lab.trainings import drops
 
 
@@ -42,20 +43,38 @@ class Plan:
 class Moment:
     """A checkpoint, the epoch that it is of, and why it is looked at."""
 
-    run: Path
+    source: Existing
     checkpoint: str
     epoch: int
     role: str
     plan: Plan
-    data_path: Path | None
 
 
-def study(run: Path, plan: Plan, out: Path, workers: int, data_path: Path | None) -> None:
+def study(run: Path, plan: Plan, out: Path, workers: int, data_path: Path | None, device: str) -> None:
     """Measure all kept checkpoints, and write the page; what is there already is read."""
+    record.check_folder("out", out)
     config, epochs = record.read_config(run), record.read_metrics(run)
-    moments = {moment.checkpoint: moment for moment in _moments(run, config, epochs, plan, data_path)}
-    found = side_by_side(_measured, moments, workers, out / "logs", _in_words)
-    report = {
+    names = _looked_at(run, epochs)
+    source = Existing(run, tuple(names.values()), data_path, device)
+    source.check()
+    source.reads()[1]()
+    moments = {name: Moment(source, name, epoch, _role(config, epochs, epoch), plan) for epoch, name in names.items()}
+    with record.alone(out):
+        found = side_by_side(_measured, moments, workers, out / "logs", _in_words)
+        sentences = process_page.write(_report(run, config, epochs, plan, found), out)
+    for sentence in sentences:
+        say(f"{sentence.claim} {sentence.evidence}".strip())
+    say(f"{len(found)} checkpoints; {out / 'process.html'}")
+
+
+def _report(
+    run: Path,
+    config: Train,
+    epochs: Sequence[Mapping[str, Any]],
+    plan: Plan,
+    found: Mapping[str, Mapping[str, Any]],
+) -> dict[str, Any]:
+    return {
         "run": run.absolute().name,
         "recipe": config.recipe,
         "seed": config.seed,
@@ -75,44 +94,43 @@ def study(run: Path, plan: Plan, out: Path, workers: int, data_path: Path | None
         ],
         "evaluation": record.read_again(run / "evaluation.json"),
     }
-    for sentence in process_page.write(report, out):
-        say(f"{sentence.claim} {sentence.evidence}".strip())
-    say(f"{len(found)} checkpoints; {out / 'process.html'}")
 
 
-def _moments(
-    run: Path, config: Train, epochs: Sequence[Mapping[str, Any]], plan: Plan, data_path: Path | None
-) -> list[Moment]:
-    """The kept epochs, the best and the last; each epoch once, by its first name here."""
+def _looked_at(run: Path, epochs: Sequence[Mapping[str, Any]]) -> dict[int, str]:
+    """The kept epochs, the last and the best, in order; each epoch once, by its first name here."""
     kept = {path.stem for path in (run / "checkpoints").glob("*.safetensors")}
-    numbers = sorted(int(name.removeprefix("epoch-")) for name in kept if name.removeprefix("epoch-").isdigit())
+    numbers = [int(name.removeprefix("epoch-")) for name in kept if re.fullmatch("epoch-[0-9]+", name)]
     if len(numbers) < 2:
         there = ", ".join(sorted(kept)) or "none"
         raise BadInput(f"run: expected checkpoints of several epochs in {run} (train with --keep-every N), got {there}")
     if not epochs:
         raise BadInput(f"run: expected metrics of epochs in {run}, got none")
-    best = next((line["epoch"] for line in reversed(epochs) if line.get("best")), None)
-    last = int(epochs[-1]["epoch"])
     names: dict[int, str] = {number: f"epoch-{number}" for number in numbers}
-    for epoch, name in ((last, "last"), (best, "best")):
+    for epoch, name in ((epochs[-1]["epoch"], "last"), (_best(epochs), "best")):
         if epoch is not None and name in kept:
             names.setdefault(epoch, name)
-    before, after = "before a drop of the rate", "after a drop of the rate"
-    roles = dict.fromkeys(drops(config), before) | {drop + 1: after for drop in drops(config)}
-    return [
-        Moment(run, name, epoch, ", ".join(filter(None, (roles.get(epoch), _end(epoch, best, last)))), plan, data_path)
-        for epoch, name in sorted(names.items())
-    ]
+    return dict(sorted(names.items()))
 
 
-def _end(epoch: int, best: int | None, last: int) -> str:
-    return ", ".join(name for name, at in (("best on validation", best), ("last", last)) if epoch == at)
+def _best(epochs: Sequence[Mapping[str, Any]]) -> int | None:
+    """Each epoch that beat those before it was marked when it was written."""
+    return next((int(line["epoch"]) for line in reversed(epochs) if line.get("best")), None)
+
+
+def _role(config: Train, epochs: Sequence[Mapping[str, Any]], epoch: int) -> str:
+    """Why this epoch is of interest, in words; nothing where it is one of many."""
+    roles = {
+        "before a drop of the rate": epoch in drops(config),
+        "after a drop of the rate": epoch - 1 in drops(config),
+        "best on validation": epoch == _best(epochs),
+        "last": epoch == epochs[-1]["epoch"],
+    }
+    return ", ".join(words for words, holds in roles.items() if holds)
 
 
 def _measured(moment: Moment) -> dict[str, Any]:
     """One checkpoint, measured or read again."""
-    of = from_run(moment.run, moment.checkpoint, data_path=moment.data_path)
-    plan = moment.plan
+    of, plan = moment.source.subject(moment.checkpoint), moment.plan
     gap = robust_gap(of, plan.gap)
     line = landscapes.line(of, landscapes.symmetric(plan.reach, plan.points), plan.directions, plan.slice)
     flat = flatness(of, ("average", "slices", "norms"), plan.how)

@@ -61,7 +61,7 @@ def _pool(workers: int) -> Iterator[ProcessPoolExecutor]:
     try:
         yield pool
     except BrokenProcessPool:
-        raise OSError("a worker was killed, perhaps for want of memory; the same command goes on") from None
+        raise OSError("a worker ended without a word, perhaps for want of memory; the same command goes on") from None
     except BaseException:
         for process in dict(pool._processes or {}).values():
             process.kill()

@@ -1,0 +1,116 @@
+"""Points of a landscape, on disk as they come: whoever is killed goes on from the last second.
+
+NAME.part   arrays of all points, with which of them are done; NAME.npz when all are
+
+Those of a coarse grid come first, so that there is something to read early.
+"""
+
+from __future__ import annotations
+
+import time
+import zipfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import nn
+
+from saltflat.balls import Weights
+from saltflat.lab import record
+from saltflat.lab.config import BadInput
+from saltflat.lab.console import progress, say
+from saltflat.landscape.slices import Point, over
+
+Arrays = dict[str, NDArray[Any]]
+COARSE = 5  # every so many points is measured first
+OFTEN = 1.0  # seconds between two writes of what is done
+
+
+@dataclass(frozen=True, eq=False)
+class Group:
+    """Places along the same directions, which are made when the first of them is measured."""
+
+    directions: Callable[[], Sequence[Weights]]
+    places: Sequence[Point]
+
+
+def measured(
+    model: nn.Module,
+    groups: Sequence[Group],
+    measure: Callable[[], Arrays],
+    *,
+    examples: int,
+    path: Path,
+    label: str,
+) -> Arrays:
+    """measure() with the weights at every place of every group, one after the other: arrays (points, N) by name, and
+    `done` (points,).
+
+    Args:
+        measure: () -> {name: (N,)}, "robust_loss" among them.
+        examples: N of the robust loss, by which another measurement's file is told.
+        path: of the arrays when all are there; what is done meanwhile lies beside it.
+        label: of the progress bar.
+    """
+    part, last, points = path.with_suffix(".part"), time.monotonic(), sum(len(group.places) for group in groups)
+    arrays = _read(part, points, examples) if part.is_file() else {}
+    done = arrays.setdefault("done", np.zeros(points, bool))
+    if done.any():
+        say(f"goes on after {done.sum()} of {points} points: {part}")
+    with progress() as bar:
+        task, first = bar.add_task(label, total=points, completed=done.sum()), 0
+        try:
+            for group in groups:
+                coarse, fine = _ordered(len(group.places), done[first : first + len(group.places)])
+                left = coarse + fine
+                at = [group.places[place] for place in left]
+                along = over(model, group.directions(), at, measure) if left else ()
+                for place, (_, found) in zip(left, along, strict=True):
+                    for name, values in found.items():
+                        arrays.setdefault(name, np.zeros((points, len(values)), values.dtype))[first + place] = values
+                    done[first + place] = True
+                    bar.advance(task)
+                    if time.monotonic() - last > OFTEN:
+                        _write(part, arrays)
+                        last = time.monotonic()
+                    if fine and coarse and place == coarse[-1]:
+                        say(_preview(label, arrays))
+                first += len(group.places)
+        except BaseException:  # Ctrl-C among them: nothing that is done is lost
+            _write(part, arrays)
+            raise
+    _write(path, arrays)
+    return arrays
+
+
+def _ordered(n: int, done: NDArray[np.bool_]) -> tuple[list[int], list[int]]:
+    """What is left to be measured: places of a coarse grid, and then the others."""
+    left = [place for place in range(n) if not done[place]]
+    return [place for place in left if place % COARSE == 0], [place for place in left if place % COARSE]
+
+
+def _preview(label: str, arrays: Arrays) -> str:
+    done = arrays["done"]
+    means = arrays["robust_loss"][done].mean(1, dtype=np.float64)
+    return f"{label}: {done.sum()} of {len(done)} points, robust loss from {means.min():.3f} to {means.max():.3f} nats"
+
+
+def _read(part: Path, points: int, examples: int) -> Arrays:
+    try:
+        with open(part, "rb") as file, np.load(file, allow_pickle=False) as read:
+            arrays = {name: read[name] for name in read.files}
+        if arrays["done"].shape != (points,) or arrays["robust_loss"].shape != (points, examples):
+            raise ValueError("its shapes are of another measurement")
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        raise BadInput(f"landscapes: cannot go on from {part} ({error}); delete it to begin anew") from None
+    return arrays
+
+
+def _write(path: Path, arrays: Arrays) -> None:
+    if not arrays["done"].any():
+        return
+    with record.replacing(path) as temporary, open(temporary, "wb") as file:
+        np.savez(file, **arrays)  # type: ignore[arg-type]
