@@ -12,6 +12,7 @@ from saltflat.lab.study.models import Plan, Task, Trained
 
 HOW = How(examples=20, batch_size=10, steps=2, draws=2, climbs=1, restarts=0, directions=1, probes=6)
 PLAN = Plan(("average", "norms"), HOW, GapHow(30, 30, 2, 10), again=("average",))
+CHECKPOINTS = ("last", "best")
 
 
 def tasks(folder: Path, rates: Sequence[float]) -> list[Task]:
@@ -27,11 +28,13 @@ def tasks(folder: Path, rates: Sequence[float]) -> list[Task]:
     found = []
     for rate in rates:
         config, name = replace(base, optimizer=replace(base.optimizer, learning_rate=rate)), f"at-{rate:g}"
-        found.append(Task(name, name, Trained(config, folder / "models" / name, "last"), PLAN))
+        found.append(Task(name, Trained(config, folder / "models" / name, CHECKPOINTS), PLAN))
     return found
 
 
+def asked(folder: Path) -> gap.Asked:
+    return gap.Asked("six runs", tasks(folder, [0.02, 0.03, 0.05, 0.08, 0.1, 0.15]), PLAN, 0.0)
+
+
 if __name__ == "__main__":
-    out = Path(sys.argv[1])
-    models = {task.name: task for task in tasks(out, [0.02, 0.03, 0.05, 0.08, 0.1, 0.15])}
-    gap.study(gap.Asked("six models", models, PLAN, 0.0), out, int(sys.argv[2]))
+    gap.study(asked(Path(sys.argv[1])), Path(sys.argv[1]), int(sys.argv[2]))

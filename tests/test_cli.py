@@ -429,5 +429,8 @@ def test_landscapes_and_flatness_of_what_cannot_be_measured_are_refused(trained,
     assert "expected 1 unless" in refused("landscape", trained[0], *directions, "--dimensions", "2")
     assert "expected any of average" in refused("flatness", trained[0], "--measures", "flat")
     assert "probes" in refused("flatness", trained[0], "--probes", "5")
-    assert "examples: expected at most the" in refused("flatness", trained[0], "--examples", "100000")
+    (tmp_path / "file").write_text("")
+    for command in ("landscape", "flatness"):
+        assert "out: expected a file" in refused(command, trained[0], "--out", tmp_path)
+        assert "out: expected a folder" in refused(command, trained[0], "--out", tmp_path / "file" / "page.html")
     assert not (bare / "landscapes").exists()

@@ -2,13 +2,16 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from networks import convolutional, equal_states, state
+from torch import nn
 
 from saltflat.inputs import PGD
 from saltflat.lab import flatness as job
+from saltflat.lab import measures
 from saltflat.lab.config import BadInput
 from saltflat.lab.flatness import flatness
 from saltflat.lab.measures import MEASURES, Found, How, Shown
@@ -99,6 +102,61 @@ def test_an_interrupted_measurement_goes_on_measure_by_measure(tmp_path, monkeyp
     timeless = [{k: v for k, v in row.items() if k != "seconds"} for row in whole["measures"]]
     assert [{k: v for k, v in row.items() if k != "seconds"} for row in found["measures"]] == timeless
     assert [path.suffix for path in (tmp_path / "cut" / "flatness").iterdir()] == [".json"]
+
+
+@pytest.mark.parametrize("text", ["{}", '{"done": {"norms": 3}}', '{"done": [1]}', '{"done": {"other": []}}', "cut"])
+def test_a_damaged_part_is_not_gone_on_from(tmp_path, text):
+    of = subject(tmp_path)
+    flatness(of, ("norms",), HOW)
+    (path,) = (tmp_path / "flatness").iterdir()
+    path.rename(path.with_suffix(".part")).write_text(text)
+    with pytest.raises(BadInput, match="delete it to begin anew"):
+        flatness(of, ("norms",), HOW)
+
+
+def test_more_examples_than_there_are_are_all(tmp_path):
+    assert flatness(subject(tmp_path), ("norms",), replace(HOW, examples=1000))["n"] == 12
+
+
+def test_every_radius_is_on_record_and_another_has_a_file_of_its_own(tmp_path):
+    of = subject(tmp_path)
+    found = flatness(of, ("average",), HOW)
+    wider = flatness(of, ("average",), replace(HOW, xi=0.6))
+    assert found["settings"]["xi"] == 0.5
+    assert wider["measures"][0]["value"] != found["measures"][0]["value"]
+    assert len(list((tmp_path / "flatness").iterdir())) == 2
+
+
+def test_a_maximum_says_what_each_start_found():
+    for name in ("worst", "adaptive", "keskar"):
+        for found in MEASURES[name](shown(restarts=2)):
+            assert len(found.starts) == 3
+            assert found.value >= max(found.starts) or found.name != "Keskar's sharpness"
+            assert found.note == ""
+
+
+def test_the_share_of_negative_eigenvalues_is_not_that_of_rounding():
+    """A linear network's loss is convex in its weights: none is negative, though fp32 makes some a hair less than 0."""
+    given = shown()
+    given.model[:] = nn.Sequential(nn.Flatten(), nn.Linear(108, 3)).float()
+    given = replace(given, x=given.x.float())
+    (found,) = MEASURES["density"](given)
+    assert found.value == 0.0
+
+
+def test_a_half_width_is_censored_side_by_side(monkeypatch):
+    """One side reaches the rise at 0.3, the other nowhere: (0.3 + 1) / 2."""
+    given = shown(directions=1)
+    curve = [0.0] * 5 + [0.0] + [0.0, 1.0] + [1.0] * 3  # between 0.2 and 0.4 it reaches 0.5 halfway, at 0.3
+    values = iter(curve)
+    monkeypatch.setattr(measures, "total", lambda losses: next(values))
+    area, half = MEASURES["slices"](given)
+    assert half.value == pytest.approx(0.65)
+    assert half.note == "on 1 of 2 sides it is not reached by 1"
+    monkeypatch.setattr(measures, "total", lambda losses: 0.0)
+    area, half = MEASURES["slices"](given)
+    assert (area.value, half.value) == (0.0, 1.0)
+    assert math.isnan(half.standard_error)
 
 
 @pytest.mark.parametrize(("names", "why"), [(("sharpness",), "expected any of"), (("norms", "norms"), "each once")])

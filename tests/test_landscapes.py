@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -55,7 +56,7 @@ def test_a_curve_passes_through_the_evaluation_s_loss(tmp_path, batch_size):
 
 
 def test_what_was_asked_is_read_and_another_question_has_a_file_of_its_own(tmp_path):
-    of = subject(tmp_path)
+    of = subject(tmp_path, objective=TRADES(3.0))
     found = line(of, ALPHAS, 1, HOW)
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "landscapes").iterdir()}
     assert line(of, ALPHAS, 1, HOW) == found
@@ -141,6 +142,28 @@ def test_a_loss_that_is_not_finite_is_a_gap_that_says_why(tmp_path):
     assert all("not finite" in gap["why"] for gap in found["gaps"])
     assert "gaps: 2" in in_words(found)
     assert json.loads(json.dumps(found, allow_nan=False)) == found
+
+
+def test_at_s_own_loss_is_cross_entropy_and_not_measured_twice(tmp_path):
+    of = subject(tmp_path)
+    found = line(of, ALPHAS, 1, How(examples=0, steps=3, batch_size=8, seed=3, own_loss=True))
+    assert found == line(of, ALPHAS, 1, HOW)
+    assert "objective" not in found["curves"][0]
+
+
+def test_a_plane_along_the_adversarial_direction_names_both(tmp_path):
+    found = plane(subject(tmp_path), [-0.1, 0.0, 0.1], [-0.1, 0.0, 0.1], replace(HOW, direction="adversarial"))
+    assert found["settings"]["direction"] == "adversarial, steepest ascent of the robust loss at w (α), and random (β)"
+    assert found["robust_loss"][2][1] > found["robust_loss"][1][1] > found["robust_loss"][0][1]
+
+
+def test_more_examples_than_there_are_are_all(tmp_path):
+    assert line(subject(tmp_path), ALPHAS, 1, replace(HOW, examples=1000))["n"] == 20
+
+
+def test_a_preview_is_said_when_the_coarse_grid_is_done(tmp_path, capsys):
+    line(subject(tmp_path), symmetric(1, 11), 1, HOW)
+    assert "3 of 11 points, robust loss from" in capsys.readouterr().out
 
 
 def test_a_plane_has_its_line_in_it(tmp_path):

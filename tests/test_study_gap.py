@@ -1,7 +1,9 @@
 """`saltflat study gap` from configs, runs and checkpoints of others to its table."""
 
+import datetime
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,17 +12,19 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import yaml
 from commands import QUICK, run
 from safetensors.torch import save_file
-from small_study import PLAN, tasks
+from small_study import HOW, PLAN, asked, tasks
 
 from saltflat import models
 from saltflat.lab import record
 from saltflat.lab.config import BadInput, as_text, checked
+from saltflat.lab.measures import MEASURES
 from saltflat.lab.recipes import RECIPES
 from saltflat.lab.study import gap, grid
-from saltflat.lab.study.gap import Asked, of_files, of_preset, of_runs, tabled
-from saltflat.lab.study.models import Existing, Row, Task, in_words, row
+from saltflat.lab.study.gap import Asked, of_preset, tabled
+from saltflat.lab.study.models import Existing, Row, Task, in_words, rows
 from saltflat.lab.study.table import Model, read_table
 
 
@@ -60,6 +64,25 @@ def test_the_paper_s_grid_is_valid_and_has_early_stopping():
     assert grid.PAPER.checkpoints == ("last", "best")
 
 
+def test_the_presets_plan_fits_their_grid():
+    """Every model has as many examples as are measured, or all of its own; and every measure is known."""
+    for preset, plan in gap.PLANS.items():
+        assert set(plan.again) <= set(plan.measures) <= set(MEASURES)
+        assert plan.how.examples > 0
+        assert grid.PRESETS[preset].floor > 0
+    smallest = min(config.data.examples for config in grid.trainings(grid.SMALL).values())
+    assert smallest < gap.SMALL.how.examples  # so that the next test is about something
+
+
+def test_a_model_of_few_examples_is_measured_on_all(tmp_path):
+    (task,) = tasks(tmp_path, rates=(0.05,))
+    plan = replace(PLAN, how=replace(HOW, examples=1000), again=())
+    found = rows(replace(task, plan=plan))
+    (flatness,) = (tmp_path / "models" / task.name / "flatness").glob("last-*.json")
+    assert json.loads(flatness.read_text())["n"] == 60
+    assert [row.model.name for row in found] == ["at-0.05-last", "at-0.05-best"]
+
+
 def test_recipes_join_by_name():
     joined = grid.trainings(grid.SMALL, ["cifar10-at-awp"])
     added = {name: config for name, config in joined.items() if name not in grid.trainings(grid.SMALL)}
@@ -67,12 +90,19 @@ def test_recipes_join_by_name():
     for config in added.values():
         assert config.awp == RECIPES["cifar10-at-awp"].awp
         assert config.data == grid.SMALL.base.data
-    with pytest.raises(BadInput, match=r"recipes: .*'at-wap'"):
-        grid.trainings(grid.SMALL, ["at-wap"])
+    for name, why in (("at-wap", "expected names that"), ("at-awp", "is in the grid already")):
+        with pytest.raises(BadInput, match=rf"recipes: .*{why}"):
+            grid.trainings(grid.SMALL, [name])
+
+
+def test_no_config_stands_twice():
+    joined = grid.trainings(grid.SMALL, ["cifar10-at"])  # the base's own method by another name
+    assert list(joined) == list(grid.trainings(grid.SMALL))
 
 
 def test_a_row_holds_what_the_records_say(runs):
-    found = row(Task("at", "at", Existing(runs[0], "last"), PLAN))
+    task = Task("at", Existing(runs[0], ("last",)), PLAN)
+    (found,) = rows(task)
     (gaps,) = (json.loads(path.read_text()) for path in (runs[0] / "gaps").iterdir())
     flatness = [json.loads(path.read_text()) for path in (runs[0] / "flatness").iterdir()]
     (once,) = [each for each in flatness if each["settings"]["seed"] == 0]
@@ -85,95 +115,142 @@ def test_a_row_holds_what_the_records_say(runs):
     assert found.model.again["average case"] != found.model.measures["average case"]
     assert found.model.method == "at"
     assert found.model.axes["optimizer.epochs"] == 2
-    assert "gap" in in_words(found)
-    assert row(Task("at", "at", Existing(runs[0], "last"), PLAN)) == found  # read again
+    assert "gap" in in_words([found])
+    assert rows(task) == [found]  # read again
 
 
-def test_a_training_that_fails_is_a_row_with_a_note(tmp_path):
+def test_a_training_that_fails_is_rows_with_a_note(tmp_path):
     (task,) = tasks(tmp_path, rates=(1e30,))
-    found = row(task)
-    assert found.model.targets == {}
-    assert "training failed: epoch 1: the training loss is not finite" in found.model.note
-    assert in_words(found) == found.model.note
+    found = rows(task)
+    assert [row.model.name for row in found] == ["at-1e+30-last", "at-1e+30-best"]
+    for row in found:
+        assert row.model.targets == {}
+        assert "training failed: epoch 1: the training loss is not finite" in row.model.note
+        assert row.model.note in in_words(found)
 
 
 def test_axes_that_do_not_vary_are_left_out_of_the_table():
     axes = [{"seed": 0, "awp.gamma": gamma, "data.name": "digits", "model.mean": [0.3]} for gamma in (0.0, 0.1)]
     rows = [Row(Model(str(i), str(i), "at", each, {}, {}, {})) for i, each in enumerate(axes)]
-    table = tabled(Asked("t", {}, PLAN, 0.0), rows)
+    table = tabled(Asked("t", [], PLAN, 0.0), rows)
     assert [model.axes for model in table.models] == [{"seed": 0, "awp.gamma": 0.0}, {"seed": 0, "awp.gamma": 0.1}]
 
 
 def test_a_study_of_runs_ends_with_its_page(runs, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(gap, "SMALL", PLAN)
-    run("study", "gap", *runs, "--checkpoints", "best", "last", "--out", tmp_path / "study", "--workers", "1")
+    words = ("study", "gap", *runs, "--checkpoints", "best", "last", "--out", tmp_path / "study", "--workers", "1")
+    run(*words)
     table = read_table(tmp_path / "study" / "table.json")
     assert [model.name for model in table.models] == ["at-best", "at-last", "at-awp-best", "at-awp-last"]
     assert [model.cluster for model in table.models] == ["at", "at", "at-awp", "at-awp"]
+    assert [model.axes["checkpoint"] for model in table.models] == ["best", "last", "best", "last"]
     assert "Nothing can be said" in capsys.readouterr().out  # of two runs
     assert "at-awp-best" in (tmp_path / "study" / "gap.html").read_text()
     assert (tmp_path / "study" / "gap.csv").read_text().count("\n") == 5
+    before = {path: path.read_bytes() for path in (tmp_path / "study").iterdir() if path.is_file()}
+    run(*words, "--floor", "50")  # the same models, judged otherwise
+    assert read_table(tmp_path / "study" / "table.json").models == table.models
+    run(*words)
+    assert {path: path.read_bytes() for path in before} == before
     with pytest.raises(SystemExit) as stop:
         run("study", "gap", *runs, "--out", tmp_path / "study")
     assert stop.value.code == 2
     assert "holds another study" in capsys.readouterr().err
 
 
-def test_checkpoints_of_others_are_listed_in_a_file(tmp_path):
+def test_other_runs_of_the_same_names_are_another_study(runs, tmp_path, monkeypatch):
+    monkeypatch.setattr(gap, "SMALL", PLAN)
+    gap._claim(tmp_path / "study", gap.of_runs(runs, ("last",), None, None))
+    shutil.copytree(runs[0].parent, tmp_path / "copies")
+    others = gap.of_runs([tmp_path / "copies" / run.name for run in runs], ("last",), None, None)
+    with pytest.raises(BadInput, match="holds another study"):
+        gap.study(others, tmp_path / "study", 1)
+
+
+def test_one_study_a_folder_at_a_time(tmp_path):
+    with record.alone(tmp_path / "study"), pytest.raises(BadInput, match="another process is at work"):
+        gap.study(asked(tmp_path / "study"), tmp_path / "study", 1)
+
+
+def listed(folder, **entry):
     network = models.small_cnn(10, width=4)
-    save_file(network.state_dict(), tmp_path / "theirs.safetensors")
-    (tmp_path / "factory.py").write_text(
-        "from saltflat import models\n\ndef network(): return models.small_cnn(width=4)\n"
-    )
-    (tmp_path / "models.yaml").write_text(
-        f"- {{name: theirs, file: {tmp_path}/theirs.safetensors, network: 'factory:network', data: digits, "
-        "eps: 0.1, axes: {method: trades, seed: 3}}\n"
-    )
-    sys.path.insert(0, str(tmp_path))
-    try:
-        asked = of_files(tmp_path / "models.yaml", PLAN, tmp_path / "study")
-        found = row(asked.tasks["theirs"])
-    finally:
-        sys.path.remove(str(tmp_path))
-    assert found.model.method == "trades"
+    save_file(network.state_dict(), folder / "theirs.safetensors")
+    fields = {
+        "name": "theirs",
+        "file": str(folder / "theirs.safetensors"),
+        "network": "small-cnn-4",
+        "data": "digits",
+        "eps": "8/255",
+    }
+    (folder / "models.yaml").write_text(yaml.safe_dump([fields | entry]))
+    return gap.of_files(folder / "models.yaml", folder / "study", None).tasks
+
+
+def test_checkpoints_of_others_are_listed_in_a_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(gap, "SMALL", PLAN)
+    (task,) = listed(tmp_path, axes={"method": "trades", "seed": 3}, cluster="one")
+    (found,) = rows(task)
+    assert (found.model.name, found.model.cluster, found.model.method) == ("theirs", "one", "trades")
     assert found.model.axes == {"method": "trades", "seed": 3}
     assert (tmp_path / "study" / "models" / "theirs" / "gaps").is_dir()
+    assert task.source.threat.eps == 8 / 255
 
 
 @pytest.mark.parametrize(
-    ("text", "why"),
+    ("entry", "why"),
     [
-        ("- [1]", "expected a list of models with named fields"),
-        ("{", "cannot read"),
-        ("- {name: a}", "expected a data, got none"),
-        ("- {name: a, file: b, network: c, data: digits, eps: 1, colour: red}", "got 'colour'"),
-        ("- {name: a, file: b, network: c, data: digits, eps: wide}", "'wide' is not a number"),
-        ("- {name: a, file: b, network: c, data: digits, eps: 1}", "file: expected a checkpoint, got 'b'"),
-        ("- {name: a, file: b, network: c, data: digits, eps: 1, norm: L1}", "norm: expected Linf or L2, got 'L1'"),
+        ({"colour": "red"}, "unexpected keyword argument"),
+        ({"eps": "wide"}, "'wide' is not a number"),
+        ({"eps": -0.1}, "greater than 0"),
+        ({"eps": float("nan")}, "finite"),
+        ({"step_size": -1}, "greater than 0"),
+        ({"std": [0.0]}, "greater than 0"),
+        ({"norm": "L1"}, "'Linf' or 'L2'"),
+        ({"data": "npz"}, "'digits', 'cifar10'"),
+        ({"name": ".."}, "match pattern"),
+        ({"name": "a/b"}, "match pattern"),
+        ({"axes": {"lr": {"a": 1}}}, "axes"),
+        ({"axes": {"day": datetime.date(2000, 1, 1)}}, "axes"),
     ],
 )
-def test_a_listing_that_cannot_be_used_is_refused_in_one_line(tmp_path, text, why):
-    (tmp_path / "models.yaml").write_text(text)
-    with pytest.raises(BadInput, match=why):
-        of_files(tmp_path / "models.yaml", PLAN, tmp_path / "study")
+def test_a_listing_that_cannot_be_used_is_refused_in_one_line(tmp_path, entry, why):
+    with pytest.raises(BadInput, match=r"listing: model 1 of .*models.yaml: ") as raised:
+        listed(tmp_path, **entry)
+    assert why in str(raised.value)
+    assert "\n" not in str(raised.value)
     assert not (tmp_path / "study").exists()
 
 
+@pytest.mark.parametrize(("text", "why"), [("a: b", "expected a list"), ("{", "cannot read"), ("- [1]", "model 1")])
+def test_a_file_that_is_no_listing_is_refused(tmp_path, text, why):
+    (tmp_path / "models.yaml").write_text(text)
+    with pytest.raises(BadInput, match=why):
+        gap.of_files(tmp_path / "models.yaml", tmp_path / "study", None)
+
+
 def test_what_is_asked_is_checked_before_any_work(runs, tmp_path, capsys):
-    def refused(*words):
+    (tmp_path / "file").write_text("")
+
+    def refused(*words, out=tmp_path / "study"):
         with pytest.raises(SystemExit) as stop:
-            run("study", "gap", *words, "--out", tmp_path / "study")
+            run("study", "gap", *words, "--out", out)
         assert stop.value.code == 2
         assert not (tmp_path / "study").exists()
-        return capsys.readouterr().err
+        (line,) = capsys.readouterr().err.splitlines()
+        return line
 
     assert "preset: expected one of runs, a preset or a listing, got none" in refused()
     assert "got runs and preset" in refused(runs[0], "--preset", "small")
     assert "found none" in refused(*runs, "--checkpoints", "epoch-7")
     assert "expected a run folder" in refused(tmp_path / "nowhere", runs[0])
     assert "at least two models, got 1" in refused(runs[0])
+    assert "expected different names, got 'at' twice" in refused(runs[0], runs[0])
+    assert "checkpoints: expected each once" in refused(*runs, "--checkpoints", "last", "last")
     assert "recipes: go with a preset" in refused(*runs, "--recipes", "at")
     assert "data.path" in refused("--preset", "paper")
+    assert "data.path" in refused("--preset", "paper", "--data-path", tmp_path / "file")
+    assert "out: expected a folder" in refused(*runs, out=tmp_path / "file")
+    assert "out: expected a folder" in refused(*runs, out=tmp_path / "file" / "study")
 
 
 def test_a_folder_that_is_a_run_of_another_config_is_not_written_into(tmp_path):
@@ -181,12 +258,7 @@ def test_a_folder_that_is_a_run_of_another_config_is_not_written_into(tmp_path):
     other = replace(grid.SMALL.base, seed=9)
     record.write_text(tmp_path / "models" / "at-seed0" / "config.yaml", as_text(other))
     with pytest.raises(BadInput, match="at-seed0 is a run of another config"):
-        of_preset("small", (), tmp_path, None)
-
-
-def test_existing_runs_of_one_name_are_told_apart(runs, tmp_path):
-    with pytest.raises(BadInput, match="different names"):
-        of_runs([runs[0], runs[0]], ("last",), PLAN, None)
+        of_preset("small", (), tmp_path, None, None)
 
 
 @pytest.mark.slow
@@ -198,13 +270,20 @@ def test_a_study_that_is_killed_goes_on_to_equal_numbers(tmp_path):
         words = [sys.executable, "-m", "small_study", str(tmp_path / name), str(workers)]
         return subprocess.Popen(words, env=here, stdout=subprocess.DEVNULL)
 
+    def trained() -> int:
+        return len(list((tmp_path / "cut").glob("models/*/checkpoints/last.safetensors")))
+
     assert started("whole", 2).wait() == 0
-    for seconds in (6.0, 9.0):
+    for least in (1, 3):
         process = started("cut", 1)
-        time.sleep(seconds)
+        while trained() < least:
+            assert process.poll() is None
+            time.sleep(0.02)
         process.send_signal(signal.SIGKILL)
         process.wait()
-        time.sleep(1.0)
+        assert not (tmp_path / "cut" / "table.json").exists()
+        time.sleep(1.0)  # its worker notices
+    assert trained() < 6
     assert started("cut", 2).wait() == 0
     for name in ("table.json", "findings.json", "gap.csv"):
         assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()

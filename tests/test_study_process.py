@@ -47,20 +47,20 @@ def test_epochs_that_are_kept_are_first_regular_and_both_sides_of_drops():
 
 def test_all_kept_epochs_are_looked_at_once_with_their_roles(kept):
     config, epochs = record.read_config(kept), record.read_metrics(kept)
-    moments = process._moments(kept, config, epochs, PLAN, None)
-    numbers = [moment.epoch for moment in moments]
+    names = process._looked_at(kept, epochs)
     best = max(line["epoch"] for line in epochs if line["best"])
-    assert numbers == sorted({1, 3, 4, 5, 6, 7, 8, best})
-    roles = {moment.epoch: moment.role for moment in moments}
+    assert list(names) == sorted({1, 3, 4, 5, 6, 7, 8, best})
+    roles = {epoch: process._role(config, epochs, epoch) for epoch in names}
+    assert roles[1] == ""
     assert "before a drop of the rate" in roles[4]
     assert "after a drop of the rate" in roles[5]
     assert "last" in roles[8]
     assert "best on validation" in roles[best]
-    assert (kept / "checkpoints" / f"{moments[-1].checkpoint}.safetensors").is_file()
+    assert all((kept / "checkpoints" / f"{name}.safetensors").is_file() for name in names.values())
 
 
 def test_what_is_found_is_what_the_records_say_and_is_read_again(kept, tmp_path):
-    process.study(kept, PLAN, tmp_path, 1, None)
+    process.study(kept, PLAN, tmp_path, 1, None, "auto")
     found = json.loads((tmp_path / "process.json").read_text())
     gaps = {each["checkpoint"]: each for each in map(json.loads, (p.read_text() for p in (kept / "gaps").iterdir()))}
     lines = {
@@ -74,7 +74,7 @@ def test_what_is_found_is_what_the_records_say_and_is_read_again(kept, tmp_path)
     assert [line["epoch"] for line in found["trajectory"]] == list(range(1, 9))
     assert found["drops"] == [4, 6]
     stamps = {path: path.stat().st_mtime_ns for path in (kept / "gaps").iterdir()}
-    process.study(kept, PLAN, tmp_path, 1, None)
+    process.study(kept, PLAN, tmp_path, 1, None, "auto")
     assert json.loads((tmp_path / "process.json").read_text()) == found
     assert {path: path.stat().st_mtime_ns for path in (kept / "gaps").iterdir()} == stamps
 
@@ -82,7 +82,7 @@ def test_what_is_found_is_what_the_records_say_and_is_read_again(kept, tmp_path)
 def test_a_run_without_kept_epochs_is_refused_in_one_line(tmp_path, capsys):
     run("train", "at", *QUICK, "--out", tmp_path / "run")
     with pytest.raises(BadInput, match=r"several epochs in .* \(train with --keep-every N\), got best, last"):
-        process.study(tmp_path / "run", PLAN, tmp_path, 1, None)
+        process.study(tmp_path / "run", PLAN, tmp_path, 1, None, "auto")
     with pytest.raises(SystemExit) as stop:
         run("study", "process", tmp_path / "run", "--points", "4")
     assert stop.value.code == 2

@@ -23,7 +23,8 @@ def test_results_come_by_name_in_the_order_given_and_prints_go_to_logs(tmp_path,
     assert "squaring" not in out
 
 
-def test_a_worker_has_one_thread_and_a_process_of_its_own(tmp_path):
+def test_a_worker_has_one_thread_and_a_process_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")  # what it would begin with
     found = side_by_side(working.threads, {"a": 0, "b": 1}, 2, tmp_path, str)
     assert {threads for threads, _ in found.values()} == {1}
     assert os.getpid() not in {process for _, process in found.values()}
