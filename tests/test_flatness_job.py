@@ -138,8 +138,7 @@ def test_a_maximum_says_what_each_start_found():
 def test_the_share_of_negative_eigenvalues_is_not_that_of_rounding():
     """A linear network's loss is convex in its weights: none is negative, though fp32 makes some a hair less than 0."""
     given = shown()
-    given.model[:] = nn.Sequential(nn.Flatten(), nn.Linear(108, 3)).float()
-    given = replace(given, x=given.x.float())
+    given = replace(given, model=nn.Sequential(nn.Flatten(), nn.Linear(108, 3)), x=given.x.float())
     (found,) = MEASURES["density"](given)
     assert found.value == 0.0
 

@@ -88,7 +88,7 @@ def _are_rows(rows: Any) -> bool:
 
 def _row(found: Found) -> dict[str, Any]:
     """As JSON, which knows no NaN and no infinity: what is not finite is null, and the note says so."""
-    row = asdict(found)
+    row = asdict(found) | {"starts": list(found.starts)}
     for name in ("value", "standard_error"):
         row[name] = row[name] if math.isfinite(row[name]) else None
     if row["value"] is None:
