@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -93,3 +94,13 @@ def model(
 
 def names(count: int, kinds: Sequence[str]) -> dict[str, str]:
     return {f"measure {index}": kinds[index % len(kinds)] for index in range(count)}
+
+
+def with_equal_seeds(table: Table, seeds: int) -> Table:
+    """Every model of a table of one seed as so many runs, which come out alike."""
+    models = tuple(
+        replace(one, name=f"{one.name} {seed}", cluster=f"{one.cluster} {seed}", axes=dict(one.axes) | {"seed": seed})
+        for one in table.models
+        for seed in range(seeds)
+    )
+    return replace(table, models=models)

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from saltflat.landscape.extent import area, curvature_at_zero, half_width
+from saltflat.landscape.extent import area, curvature_at_zero, half_width, widths
 
 ALPHAS = np.linspace(-1, 1, 201)
 curvatures = st.floats(0.01, 1e4)
@@ -39,19 +39,24 @@ def test_a_wedge_is_read_exactly(left, right):
     at = np.array([-3.0, -1.0, -0.2, 0.0, 0.7, 1.0, 4.0])
     g = 5 + np.where(at < 0, -left * at, right * at)
     assert area(at, g) == pytest.approx(left * 9 / 2 + right * 8)
+    assert widths(at, g, 0.25) == pytest.approx((0.25 / left, 0.25 / right))
     assert half_width(at, g, 0.25) == pytest.approx((0.25 / left + 0.25 / right) / 2)
 
 
-def test_half_width_is_the_first_crossing_outwards_and_the_mean_of_both_sides():
+def test_widths_are_the_first_crossings_outwards_and_half_width_is_their_mean():
     at = [-4.0, -3.0, -2.0, -1.0, 0.0, 1.0, 2.0, 3.0, 4.0]
     g = [9.0, -1.0, 2.0, 0.0, 0.0, -1.0, 3.0, -5.0, 9.0]
-    assert half_width(at, g, 1.0) == pytest.approx((1.5 + 1.5) / 2)
-    assert half_width(at, g, 2.0) == pytest.approx((2.0 + 1.75) / 2)
-    assert half_width(at, g, 9.0) == pytest.approx(4.0)
+    for threshold, left, right in ((1.0, 1.5, 1.5), (2.0, 2.0, 1.75), (9.0, 4.0, 4.0)):
+        assert widths(at, g, threshold) == pytest.approx((left, right))
+        assert half_width(at, g, threshold) == pytest.approx((left + right) / 2)
 
 
-def test_a_side_that_never_reaches_the_threshold_makes_the_half_width_infinite():
-    assert half_width([-1.0, 0.0, 1.0], [9.0, 0.0, 0.5], 1.0) == math.inf
+def test_a_side_that_never_reaches_the_threshold_is_infinitely_wide_and_the_other_is_not():
+    at, g = np.array([-1.0, 0.0, 1.0]), np.array([8.0, 0.0, 0.5])
+    assert widths(at, g, 1.0) == (0.125, math.inf)
+    assert widths(at, g[::-1], 1.0) == (math.inf, 0.125)
+    assert half_width(at, g, 1.0) == math.inf
+    assert widths(at, -g, 1.0) == (math.inf, math.inf)
     assert half_width([-1.0, 0.0, 1.0], [-9.0, 0.0, 9.0], 1.0) == math.inf
 
 
@@ -73,18 +78,25 @@ def test_what_is_missing_at_an_end_or_at_zero_is_not_made_up():
     assert math.isnan(area(at, g))
     assert math.isnan(area(-at[::-1], g[::-1]))
     assert half_width(at, g, 0.5) == 0.5  # reached before
+    left, right = widths(at, g, 2.0)
+    assert left == pytest.approx(4 / 3)
+    assert math.isnan(right)  # it may have been reached there, or not
     assert math.isnan(half_width(at, g, 2.0))
     assert curvature_at_zero(at, g) == 2.0
     assert math.isnan(curvature_at_zero(at[1:4], np.array([1.0, 0.0, np.nan])))
     for bad in (np.nan, np.inf):
         g = np.array([4.0, 1.0, bad, 1.0, 4.0])
-        assert all(math.isnan(value) for value in (area(at, g), half_width(at, g, 0.5), curvature_at_zero(at, g)))
+        assert all(math.isnan(value) for value in (area(at, g), *widths(at, g, 0.5), curvature_at_zero(at, g)))
 
 
 def test_an_infinite_loss_is_beyond_every_threshold():
     at, g = [-2.0, -1.0, 0.0, 1.0, 2.0], [np.inf, 1.0, 0.0, 1.0, np.inf]
     assert area(at, g) == math.inf
-    assert half_width(at, g, 5.0) == 1.0
+    for threshold in (5.0, 1e300):
+        assert widths(at, g, threshold) == (1.0, 1.0)  # the last point that was below
+    assert widths(at, g, 0.5) == (0.5, 0.5)
+    assert widths([-1.0, 0.0, 1.0], [1.0, 0.0, np.inf], 0.5) == (0.5, 0.0)
+    assert widths([-2.0, *at[1:]], [np.inf, np.nan, 0.0, np.nan, np.inf], 5.0) == (0.0, 0.0)
     assert curvature_at_zero(at, g) == 2.0
 
 
@@ -94,12 +106,12 @@ def test_refuses_what_is_no_curve():
     for at in ([1.0, 0.0, -1.0], [-1.0, 0.0, 0.0], [-1.0, 0.5, 1.0], [-1.0, 0.0, np.nan]):
         with pytest.raises(ValueError, match="alphas: expected increasing numbers with 0 among them"):
             area(at, [1.0, 0.0, 1.0])
-    for measure in (lambda *curve: half_width(*curve, threshold=1.0), curvature_at_zero):
+    for measure in (lambda *curve: widths(*curve, threshold=1.0), curvature_at_zero):
         with pytest.raises(ValueError, match="alphas: expected numbers on both sides of 0"):
             measure([0.0, 1.0], [0.0, 1.0])
     for threshold in (0.0, -1.0, math.nan):
         with pytest.raises(ValueError, match="threshold: expected a number > 0"):
-            half_width([-1.0, 0.0, 1.0], [1.0, 0.0, 1.0], threshold)
+            widths([-1.0, 0.0, 1.0], [1.0, 0.0, 1.0], threshold)
 
 
 def test_one_sided_curves_have_an_area():

@@ -43,6 +43,15 @@ def test_psi_is_the_mean_over_groups_of_the_tau_in_each():
     assert found.psi == pytest.approx(np.mean(taus), abs=1e-14)
 
 
+def test_the_sign_error_weighs_groups_equally_however_many_pairs_they_have():
+    models = [{"a": a, "b": b} for b, values in ((0, 4), (1, 2)) for a in range(values)]
+    target = np.array([0.0, 1.0, 2.0, 3.0, 0.0, 1.0])
+    measure = np.array([0.0, 1.0, 2.0, 3.0, 1.0, 0.0])  # right in six pairs of one group, wrong in the other's one
+    (axis,) = (one for one in granulated(models, measure, target) if one.name == "a")
+    assert (axis.groups, axis.pairs) == (2, 7)
+    assert axis.sign_error(1) == 0.5
+
+
 def test_a_tie_counts_half_an_error():
     (axis,) = granulated([{"rate": 1}, {"rate": 2}], np.array([1.0, 1.0]), np.array([1.0, 2.0]))
     assert axis.psi == 0

@@ -6,11 +6,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from matrices import dense_cross_entropy, operator_of, symmetric
+from memory import Memory
 from networks import batch, convolutional
 from torch import nn
 
-from saltflat.landscape.hessian import hessian
-from saltflat.landscape.lanczos import normal, top_eigenvalues, tridiagonalised
+from saltflat.landscape import lanczos
+from saltflat.landscape.hessian import Operator, hessian
+from saltflat.landscape.lanczos import BLOCK, normal, top_eigenvalues, tridiagonalised
 from saltflat.landscape.robust import frozen
 from saltflat.objectives import ce
 from saltflat.random import seeded
@@ -23,6 +25,11 @@ def tensor(*numbers):
 def counted(operator):
     calls = []
     return replace(operator, product=lambda v: (calls.append(1), operator.product(v))[1]), calls
+
+
+def diagonal(d):
+    """The diagonal matrix, which is large, as an operator."""
+    return Operator(lambda v: d * v, {"w": slice(0, len(d))}, d.dtype, d.device)
 
 
 def check_pairs(matrix, found, within):
@@ -148,7 +155,7 @@ def test_the_factorisation_holds_and_its_basis_is_orthonormal():
     matrix = symmetric(torch.logspace(0, -14, 60, dtype=torch.float64))
     operator = operator_of(matrix)
     chain = tridiagonalised(operator, normal(operator, seeded(0)), 40, seeded(0))
-    q, m = chain.basis.T, len(chain.alpha)
+    q, m = torch.cat(chain.basis).T, len(chain.alpha)
     t = chain.alpha.diag() + chain.beta[:-1].diag(1) + chain.beta[:-1].diag(-1)
     torch.testing.assert_close(q.T @ q, torch.eye(m, dtype=torch.float64), rtol=0, atol=1e-13)
     ahead = matrix @ q - q @ t
@@ -161,7 +168,45 @@ def test_what_is_locked_is_left_out():
     v = torch.linalg.eigh(matrix).eigenvectors.T
     chain = tridiagonalised(operator_of(matrix), normal(operator_of(matrix), seeded(0)), 9, seeded(0), against=v[3:])
     torch.testing.assert_close(chain.ritz()[0], tensor(3, 2, 1))
-    assert (chain.basis @ v[3:].T).abs().max() < 1e-14
+    assert (torch.cat(chain.basis) @ v[3:].T).abs().max() < 1e-14
+
+
+WORK = 6  # vectors that a step needs, besides those that are kept
+
+
+def test_one_krylov_space_is_let_go_of_before_the_next_is_made(monkeypatch):
+    """Three copies take several; the largest is all that is held, with the eigenvectors that it has to be orthogonal
+    to, and those that are made of both.
+    """
+    d, lengths = torch.cat([tensor(9, 9, 9), torch.rand(20_000, dtype=torch.float64)]), []
+
+    def noted(*args, **kwargs):
+        chain = tridiagonalised(*args, **kwargs)
+        lengths.append(len(chain.alpha))
+        return chain
+
+    monkeypatch.setattr(lanczos, "tridiagonalised", noted)
+    with Memory(len(d)) as memory:
+        found = top_eigenvalues(diagonal(d), 3, steps=2000, tolerance=1e-3)
+    assert found.converged
+    assert memory.peak <= max(lengths) + BLOCK + 3 + 3 + WORK < sum(lengths)
+
+
+def test_memory_is_taken_as_steps_are():
+    d = torch.cat([tensor(100, 50), torch.rand(20_000, dtype=torch.float64)])
+    with Memory(len(d)) as memory:
+        found = top_eigenvalues(diagonal(d), 2, steps=2000)
+    assert found.steps < 40
+    assert memory.peak <= found.steps + BLOCK + 2 + WORK
+
+
+@pytest.mark.parametrize("steps", [9, 30, 50])
+def test_no_more_vectors_are_held_than_steps_allow(steps):
+    d = torch.cat([tensor(9, 9, 9), torch.rand(20_000, dtype=torch.float64)])
+    with Memory(len(d)) as memory:
+        found = top_eigenvalues(diagonal(d), 3, steps=steps)
+    assert found.steps == steps
+    assert memory.peak <= steps + 3 + WORK
 
 
 def test_equal_seeds_give_equal_bits():

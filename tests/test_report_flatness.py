@@ -37,8 +37,33 @@ def test_a_measure_that_failed_is_a_dash_with_its_reason(tmp_path: Path) -> None
     write(folder / "flatness" / "last.json", flatness_record(1.0))
     table = flatness_table(groups_in([folder]))
     cell = table.bodies[1].rows[0].cells[1]
-    assert (cell.mean, cell.detail) == ("–", "seed 0: did not converge")
-    assert "largest eigenvalue: did not converge" in table.caption
+    assert (cell.mean, cell.detail) == ("–", "seed 0: not a number; not converged to 1e-3")
+    assert (
+        "Not or only partly measured: largest Hessian eigenvalue (not a number; not converged to 1e-3); landscape "
+        "half-width (along 2 of 3 directions it is not reached by 1)." in table.caption
+    )
+
+
+def test_a_maximum_says_on_hover_what_each_start_found(tmp_path: Path) -> None:
+    folders = two_groups(tmp_path, [20, 20], [])
+    for folder, value in zip(folders, (0.1, 0.2), strict=True):
+        write(folder / "flatness" / "last.json", flatness_record(value))
+    table = flatness_table(groups_in(folders))
+    average, _, worst, _ = (body.rows[0].cells[1] for body in table.bodies)
+    assert worst.detail == (
+        "seed 0: 0.200 (4.0 s; from each start: 0.200, 0.100), seed 1: 0.400 (4.0 s; from each start: 0.400, 0.200)"
+    )
+    assert "start" not in average.detail
+    assert "start" not in table.caption.partition("Settings: ")[0]
+
+
+def test_a_start_that_found_no_number_is_a_dash(tmp_path: Path) -> None:
+    folder = synthetic_run(tmp_path / "run")
+    record = flatness_record(0.1)
+    record["measures"][2]["starts"][1] = None
+    write(folder / "flatness" / "last.json", record)
+    cell = flatness_table(groups_in([folder])).bodies[2].rows[0].cells[1]
+    assert cell.detail == "seed 0: 0.200 (4.0 s; from each start: 0.200, –)"
 
 
 def test_fewer_seeds_than_the_group_has_are_counted(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from run_folders import plain
-from study_tables import grid, names
+from study_tables import grid, names, with_equal_seeds
 
 from saltflat.lab.config import BadInput
 from saltflat.lab.study.findings import Estimate, Findings, Verdict, as_record, findings, verdict
@@ -113,17 +113,46 @@ def test_a_measure_that_is_the_same_everywhere_has_no_verdict() -> None:
     table = grid({"m": "gap", "same": "noise"})
     models = tuple(replace(model, measures=dict(model.measures) | {"same": 1.0}) for model in table.models)
     found = analysed(replace(table, models=models))
-    assert verdicts(found) == {"m": "supported", "same": "too few"}
+    assert verdicts(found) == verdicts(found, GAP_ACCURACY) == {"m": "supported", "same": "no difference"}
+    text = said(found)
+    assert "No difference among the models in same." in text
+    assert "1 supported, 1 no difference among the models" in text
+    assert "too few" not in text.lower()
+
+
+def test_where_nothing_differs_nothing_is_said_but_why() -> None:
+    table = grid({"same": "noise"})
+    alike = tuple(replace(model, measures={"same": 1.0}) for model in table.models)
+    rare = tuple(replace(model, measures={"same": place if place < 4 else None}) for place, model in enumerate(alike))
+    for models, why in (
+        (alike, "No difference among the models in same."),
+        (rare, "Too few models for same."),
+    ):
+        text = said(analysed(replace(table, models=models)))
+        assert "Nothing can be said" in text
+        assert "no measure has values of 5 runs or more that differ" in text
+        assert "are too few" not in text
+        assert why in text
+
+
+def test_a_gap_that_is_the_same_everywhere_has_no_verdict() -> None:
+    table = grid({"m": "gap"})
+    models = tuple(replace(model, targets=dict(model.targets) | {GAP_ACCURACY: 0.0}) for model in table.models)
+    found = analysed(replace(table, models=models))
+    assert verdicts(found, GAP_ACCURACY) == {"m": "no difference"}
+    assert "With the gap in robust accuracy: no difference among the models." in said(found)
 
 
 def test_the_rule_of_the_verdict() -> None:
     above, below, around = Estimate(0.5, 0.2, 0.7), Estimate(-0.5, -0.7, -0.2), Estimate(0.1, -0.1, 0.3)
-    assert verdict(above, above, 1) is verdict(below, below, -1) is Verdict.SUPPORTED
-    assert verdict(above, around, 1) is verdict(above, below, 1) is Verdict.EXPLAINED
-    assert verdict(above, above, -1) is verdict(below, above, 1) is Verdict.CONTRADICTED
-    assert verdict(around, above, 1) is Verdict.NONE
-    assert verdict(above, Estimate(), 1) is Verdict.EXPLAINED
-    assert verdict(Estimate(), above, 1) is Verdict.TOO_FEW
+    assert verdict(5, above, above, 1) is verdict(5, below, below, -1) is Verdict.SUPPORTED
+    assert verdict(5, above, around, 1) is verdict(5, above, below, 1) is Verdict.EXPLAINED
+    assert verdict(5, above, above, -1) is verdict(5, below, above, 1) is Verdict.CONTRADICTED
+    assert verdict(5, around, above, 1) is Verdict.NONE
+    assert verdict(5, above, Estimate(), 1) is Verdict.EXPLAINED
+    assert verdict(5, Estimate(), above, 1) is Verdict.SAME
+    assert verdict(5, Estimate(0.5), above, 1) is Verdict.TOO_FEW
+    assert verdict(4, Estimate(), above, 1) is verdict(4, above, above, 1) is Verdict.TOO_FEW
 
 
 def test_undertrained_models_are_left_out_and_shown() -> None:
@@ -139,6 +168,20 @@ def test_undertrained_models_are_left_out_and_shown() -> None:
     assert everyone.with_undertrained == everyone.tau
     assert f"{len(found.undertrained)} undertrained models are left out" in said(found)
     assert "None" not in said(found)
+    assert "No model is below 10 % training robust accuracy" in said(analysed(replace(table, floor=10)))
+
+
+def test_without_a_floor_nothing_is_said_of_it() -> None:
+    text = said(analysed(grid({"m": "gap"}, floor=0)))
+    assert "below 0 %" not in text
+    assert "left out" not in text
+
+
+def test_seeds_that_are_not_on_record_are_not_counted() -> None:
+    table = grid({"m": "gap"})
+    text = said(analysed(replace(table, models=tuple(replace(model, axes={}) for model in table.models))))
+    assert "48 models from 48 runs, 4 methods." in text
+    assert "seed" not in text
 
 
 def test_missing_and_infinite_values_are_dropped_measure_by_measure_and_counted() -> None:
@@ -179,6 +222,62 @@ def test_checkpoints_of_one_run_are_drawn_together() -> None:
         assert (after.tau.low, after.tau.high) == pytest.approx((before.tau.low, before.tau.high))
 
 
+def test_seeds_of_one_setting_are_drawn_together_by_setting() -> None:
+    """Three seeds that come out alike are one model of each setting, whatever the interval by run makes of them."""
+    once = grid({"m": "noise"}, seeds=1)
+    alone, thrice = analysed(once), analysed(with_equal_seeds(once, 3))
+    assert (alone.runs, alone.settings) == (16, 16)
+    assert (thrice.runs, thrice.settings) == (48, 16)
+    for target in TARGETS:
+        one, three = (found.measures[0].with_target(target) for found in (alone, thrice))
+        assert one.tau_by_setting == one.tau
+        assert three.tau_by_setting.value == three.tau.value
+        assert (three.tau_by_setting.low, three.tau_by_setting.high) == pytest.approx((one.tau.low, one.tau.high))
+        assert three.tau.high - three.tau.low < 0.8 * (one.tau.high - one.tau.low)
+
+
+def test_a_run_s_checkpoints_stay_together_by_setting_though_their_axes_differ() -> None:
+    table = grid({"m": "gap"}, checkpoints=2)
+    assert analysed(table).settings == 16
+    first_and_last = tuple(
+        model for model in table.models if model.axes["epochs"] == (2 if model.axes["seed"] == 0 else 1)
+    )
+    assert analysed(replace(table, models=first_and_last)).settings == 32
+    assert analysed(replace(table, models=(*first_and_last, table.models[0]))).settings == 31
+
+
+def test_models_without_hyper_parameters_are_settings_of_their_own() -> None:
+    table = grid({"m": "gap"}, checkpoints=2)
+    found = analysed(replace(table, models=tuple(replace(model, axes={}) for model in table.models)))
+    assert (found.models, found.runs, found.settings) == (96, 48, 48)
+
+
+def test_words_say_that_seeds_count_as_independent_and_what_settings_make_of_it() -> None:
+    table = grid({"m": "gap"})
+    warning = "Runs of one setting with different seeds count as independent"
+    text = said(analysed(table))
+    assert text.count(warning) == 1
+    assert "narrow for claims about settings, of which there are 16." in text
+    assert "By setting, every interval of τ with the gap in loss lies as by run" in text
+    assert warning not in said(analysed(grid({"m": "gap"}, seeds=1)))
+    few = analysed(replace(table, models=table.models[:12]))
+    assert (few.runs, few.settings) == (12, 4)
+    assert math.isnan(few.measures[0].with_target(GAP_LOSS).tau_by_setting.low)
+    assert "of which there are 4. Intervals by setting need at least 5." in said(few)
+
+
+def test_words_name_the_measures_whose_interval_lies_otherwise_by_setting() -> None:
+    """Settings whose seeds come out alike: what is weak by setting looks certain by run."""
+    once = grid({"m": "gap", "n": "noise"}, seeds=1)
+    gaps = column(once.models, "targets", GAP_LOSS)
+    weak = (gaps - gaps.mean()) / gaps.std() + 3 * np.random.default_rng(7).normal(size=len(gaps))
+    models = tuple(replace(one, measures={**one.measures, "n": n}) for one, n in zip(once.models, weak, strict=True))
+    found = analysed(with_equal_seeds(replace(once, models=models), 6))
+    association = found.measures[1].with_target(GAP_LOSS)
+    assert association.tau.low > 0 > association.tau_by_setting.low
+    assert "By setting, the interval of τ with the gap in loss comes to lie otherwise for n." in said(found)
+
+
 def test_the_noise_floor_tells_what_repeats_from_what_does_not() -> None:
     table = grid({"m": "gap", "n": "noise"})
     draws = np.random.default_rng(0)
@@ -206,6 +305,17 @@ def test_controls_stand_in_a_measure_s_place() -> None:
     assert loss.with_target(GAP_LOSS).tau.high < 0
     assert loss.with_target(GAP_LOSS).given_train_loss == Estimate(0, 0, 0)
     assert norm.with_target(GAP_LOSS).tau.low < 0 < norm.with_target(GAP_LOSS).tau.high
+
+
+def test_a_sign_is_expected_of_a_measure_and_a_gap_alone() -> None:
+    found = analysed(grid({"m": "gap"}))
+    for finding in (*found.measures, *found.controls):
+        for one in finding.associations:
+            expected = finding in found.measures and one.target != NEGATIVE
+            assert (one.verdict is not None) == expected
+            assert (one.worst_axis is not None) == expected
+            assert math.isfinite(one.worst_sign_error) == expected
+            assert one.axes  # psi needs no expected sign
 
 
 def test_equal_tables_give_equal_findings_and_others_seeds_others() -> None:

@@ -14,8 +14,11 @@ import pytest
 from run_folders import HOSTILE, Parsed, plain
 from study_tables import grid, names
 
+from saltflat.lab.report.markdown import as_markdown
+from saltflat.lab.study.findings import findings
 from saltflat.lab.study.page import write
 from saltflat.lab.study.table import Measure, Model, Table, write_table
+from saltflat.lab.study.tables import association_table
 
 KINDS = {"sharp": "gap", "confounded": "loss", "noise": "noise", "width": "width"}
 
@@ -65,8 +68,31 @@ def test_the_result_comes_first_and_everything_is_there(tmp_path: Path) -> None:
         "logarithmic axis",
         "95 % percentile intervals over 50 bootstrap resamples of runs",
         "Seed of all draws: 0",
+        "Runs of one setting with different seeds count as independent",
+        "by setting",
     ):
         assert words in text, words
+
+
+def test_controls_have_neither_a_verdict_nor_a_sign_error() -> None:
+    table = association_table(findings(grid({"m": "gap"}), resamples=50, permutations=50))
+    assert [body.name for body in table.bodies] == ["m", "training robust loss", "weight norm"]
+    columns = [f"{column.text} {column.unit}".strip() for column in table.columns]
+    sign_error, verdict, by_setting = (
+        columns.index(name) for name in ("worst sign error axis", "verdict", "95 % interval by setting")
+    )
+    for body in table.bodies:
+        for target, row in enumerate(body.rows):
+            judged = body.name == "m" and target < 2
+            assert (row.cells[verdict].mean != "") == judged
+            assert (row.cells[sign_error].mean != "–") == judged
+            assert row.cells[by_setting].spread.startswith("[")
+
+
+def test_markdown_has_the_interval_by_setting_and_says_what_its_rows_are() -> None:
+    table = association_table(findings(grid({"m": "gap"}), resamples=50, permutations=50))
+    heads = plain(as_markdown(table)).splitlines()[2]
+    assert heads.startswith("| measure | target | τ-b (95 % interval by run) | 95 % interval (by setting) | p |")
 
 
 def test_hostile_names_stay_text(tmp_path: Path) -> None:

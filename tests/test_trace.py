@@ -3,9 +3,10 @@ import math
 import pytest
 import torch
 from matrices import dense_cross_entropy, operator_of, symmetric
+from memory import Memory
 from networks import batch, convolutional
 
-from saltflat.landscape.hessian import hessian
+from saltflat.landscape.hessian import Operator, hessian
 from saltflat.landscape.lanczos import normal
 from saltflat.landscape.robust import frozen
 from saltflat.landscape.trace import layer_traces, signs, trace
@@ -108,6 +109,26 @@ def test_products_are_those_that_were_paid_for():
     calls.clear()
     assert layer_traces(counting, 5).keys() == {"0", "1", "2"}
     assert len(calls) == 5
+
+
+@pytest.mark.parametrize("products", range(3, 10))
+def test_the_error_is_a_number_from_four_products_on(products):
+    found = trace(operator_of(indefinite()), products)
+    assert found.draws == products - 2 * (products // 3)
+    assert math.isnan(found.standard_error) == (products == 3)
+    assert math.isfinite(found.value)
+
+
+def test_the_sketch_is_let_go_of_when_its_basis_is_known():
+    """Twelve vectors are drawn, and twelve span their space: those are all that is held while they are used."""
+    n, held = 20_000, []
+    d = torch.rand(n, dtype=torch.float64)
+    operator = Operator(lambda v: (held.append(memory.held()), d * v)[1], {"w": slice(0, n)}, d.dtype, d.device)
+    with Memory(n) as memory:
+        trace(operator, 36)
+    assert len(held) == 36
+    assert max(held[12:]) <= 12 + 5
+    assert memory.peak <= 2 * 12 + 5
 
 
 def test_a_network_s_layers_have_the_traces_of_the_dense_blocks():

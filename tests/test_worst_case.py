@@ -3,6 +3,7 @@ import math
 import pytest
 import torch
 from closed_forms import LeftAsFound, Logistic, P, Quadratic, joined
+from memory import Memory
 from networks import batch, convolutional
 from torch import nn
 
@@ -147,6 +148,49 @@ def test_joint_ascent_is_judged_by_the_loss_itself_and_never_falls_below_zero():
     assert not joined(found.displacement).any()
     assert found.by_start[0] < 0
     assert len(calls) == 2
+
+
+@pytest.mark.parametrize("apart", [False, True], ids=["the loss is climbed", "another is climbed"])
+def test_what_is_computed_is_what_it_is_said_to_cost(apart):
+    """(restarts + 1) steps gradients of what is climbed, and restarts + 2 evaluations of the loss; nothing else."""
+    model, calls = Quadratic(slope=1.0), []
+
+    def told(name):
+        def loss():
+            calls.append((name, torch.is_grad_enabled()))
+            return sum(part() for part in model.losses)
+
+        return loss
+
+    climbed = (lambda: [told("climbed")]) if apart else None
+    worst_case(model, [told("loss")], Global(0.1), steps=4, restarts=2, climbed=climbed)
+    assert calls.count(("climbed" if apart else "loss", True)) == 3 * 4
+    assert calls.count(("loss", False)) == 2 + 2
+    assert len(calls) == 3 * 4 + 2 + 2
+
+
+@pytest.mark.parametrize("restarts", [0, 1, 4])
+def test_memory_does_not_grow_with_steps_or_restarts(restarts):
+    """What is held while a loss is computed: a backup, and five displacements."""
+    model, held = nn.Linear(50_000, 1, bias=False), []
+    toward = torch.randn(1, 50_000)
+
+    def loss():
+        held.append(memory.held())
+        return (model.weight * toward).sum()
+
+    with Memory(50_000) as memory:
+        worst_case(model, [loss], Layerwise(0.1), steps=6, restarts=restarts)
+    assert max(held) <= 6
+
+
+def test_a_joint_climb_attacks_no_further_than_it_climbs():
+    model, (x, y) = convolutional(), batch()
+    attack, calls = PGD(Linf(0.1), 0.05, 2), []
+    model.register_forward_hook(lambda *_: calls.append(1))
+    joint = continued(model, x, y, attack)
+    worst_case(model, [lambda: model[0].weight.sum()], Layerwise(0.1), steps=3, restarts=0, climbed=lambda: joint)
+    assert len(calls) == 3 * 2  # one for the attack's step, and one for the gradient in w
 
 
 def test_one_batch_at_a_time_sums_to_more_than_all_together():

@@ -88,7 +88,7 @@ def _are_rows(rows: Any) -> bool:
 
 def _row(found: Found) -> dict[str, Any]:
     """As JSON, which knows no NaN and no infinity: what is not finite is null, and the note says so."""
-    row = asdict(found) | {"starts": list(found.starts)}
+    row = asdict(found) | {"starts": [value if math.isfinite(value) else None for value in found.starts]}
     for name in ("value", "standard_error"):
         row[name] = row[name] if math.isfinite(row[name]) else None
     if row["value"] is None:
@@ -106,6 +106,7 @@ def show(of: Subject, summary: dict[str, Any]) -> None:
     CONSOLE.print(table)
     for row in summary["measures"]:
         if row["starts"]:
-            say(f"{row['name']}, from each start: {', '.join(f'{value:.4g}' for value in row['starts'])}")
+            starts = ", ".join("–" if value is None else f"{value:.4g}" for value in row["starts"])
+            say(f"{row['name']}, from each start: {starts}")
         if row["note"]:
             say(f"{row['name']}: {row['note']}")

@@ -1,14 +1,16 @@
-"""How far a measured curve g(alpha) = rho(w + alpha d) rises, in one number.
+"""How far a measured curve g(alpha) = rho(w + alpha d) rises, in a number or two.
 
     area                ∫ [g(alpha) - g(0)] d alpha
-    half_width          |alpha| at which g(alpha) - g(0) first reaches a threshold, mean of both sides
+    widths              |alpha| at which g(alpha) - g(0) first reaches a threshold, to the left and to the right of 0
+    half_width          their mean
     curvature_at_zero   g''(0) = d^T H d
 
-On g(alpha) = c alpha^2 / 2 in [-a, a] they are c a^3 / 3, sqrt(2 threshold / c) and c. All are read from the points
-that were measured, between which g is taken to be linear.
+On g(alpha) = c alpha^2 / 2 in [-a, a] they are c a^3 / 3, sqrt(2 threshold / c) on both sides, and c. All are read
+from the points that were measured, between which g is taken to be linear.
 
 A point whose g is NaN was not measured: its neighbours are joined in its place. At either end, or at 0, nothing can
-take its place, and what depends on it is NaN. An infinite g is beyond every threshold; at 0, it is as good as NaN.
+take its place, and what depends on it is NaN. A g of inf (a loss that overflows far out) was measured, and is beyond
+every threshold; at 0, it is as good as NaN.
 """
 
 from __future__ import annotations
@@ -44,23 +46,38 @@ def area(alphas: ArrayLike, g: ArrayLike) -> float:
     return float((np.diff(at) * (rise[1:] + rise[:-1]) / 2).sum())
 
 
-def half_width(alphas: ArrayLike, g: ArrayLike, threshold: float) -> float:
-    """The distance from 0 at which g(alpha) - g(0) first reaches the threshold: the mean of that to the left and that
-    to the right; infinity if one of them never does.
+def widths(alphas: ArrayLike, g: ArrayLike, threshold: float) -> tuple[float, float]:
+    """The distances from 0 at which g(alpha) - g(0) first reaches the threshold, to the left and to the right.
 
     Args:
         alphas, g: as in `area`, with points on both sides of 0.
         threshold: in g's unit, > 0.
 
-    Returns: in alpha's unit.
+    Returns: (left, right), in alpha's unit; infinity for a side that never reaches it. A g of inf is beyond it, and the
+    width is then the last point before. A g of NaN was not measured and is passed over; a side whose end it is has a
+    width of NaN, if the threshold is not reached before.
 
-    >>> half_width([-2.0, -1.0, 0.0, 1.0, 2.0], [5.0, 1.0, 0.0, 4.0, 9.0], threshold=2.0)
-    0.875
+    Raises: ValueError as `area` does, for alphas on one side of 0 only, and for a threshold that is not positive.
+
+    >>> widths([-2.0, -1.0, 0.0, 1.0, 2.0], [5.0, 1.0, 0.0, 4.0, 9.0], threshold=2.0)
+    (1.25, 0.5)
+    >>> widths([-1.0, 0.0, 1.0, 2.0], [1.0, 0.0, 1.0, math.inf], threshold=2.0)
+    (inf, 1.0)
     """
     if not threshold > 0:
         raise ValueError(f"threshold: expected a number > 0, got {threshold!r}")
     left, right = _sides(*_centred(alphas, g))
-    return (_reach(*left, threshold) + _reach(*right, threshold)) / 2
+    return _reach(*left, threshold), _reach(*right, threshold)
+
+
+def half_width(alphas: ArrayLike, g: ArrayLike, threshold: float) -> float:
+    """The mean of both `widths`, which take the same arguments: NaN if one of them is, or else infinity if one is.
+
+    >>> half_width([-2.0, -1.0, 0.0, 1.0, 2.0], [5.0, 1.0, 0.0, 4.0, 9.0], threshold=2.0)
+    0.875
+    """
+    left, right = widths(alphas, g, threshold)
+    return (left + right) / 2
 
 
 def curvature_at_zero(alphas: ArrayLike, g: ArrayLike) -> float:
@@ -74,14 +91,14 @@ def curvature_at_zero(alphas: ArrayLike, g: ArrayLike) -> float:
     >>> curvature_at_zero([-1.0, 0.0, 2.0], [1.5, 0.0, 6.0])
     3.0
     """
-    slopes, widths = [], []
+    slopes, lengths = [], []
     for far, rise in _sides(*_centred(alphas, g)):
         known = np.flatnonzero(~np.isnan(rise))
         if len(known) < 2:
             return math.nan
         slopes.append(rise[known[1]] / far[known[1]])
-        widths.append(far[known[1]])
-    return float(2 * sum(slopes) / sum(widths))
+        lengths.append(far[known[1]])
+    return float(2 * sum(slopes) / sum(lengths))
 
 
 def _centred(alphas: ArrayLike, g: ArrayLike) -> Curve:

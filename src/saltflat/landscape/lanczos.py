@@ -20,7 +20,7 @@ Source: Lanczos, J. Res. Nat. Bur. Standards 45, 1950; for Hessians of networks 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -30,6 +30,7 @@ from saltflat.landscape.hessian import Operator
 from saltflat.random import seeded
 
 SETTLED = 1e-2  # a Ritz value known to this share of itself tells whether it belongs among others
+BLOCK = 8  # vectors of a basis that memory is taken for at a time: how many will be needed is not known before
 
 
 @dataclass(frozen=True)
@@ -38,12 +39,12 @@ class Tridiagonal:
     alpha: (m,) float64 on the CPU, the diagonal of T.
     beta: (m,), of which the first m - 1 stand beside the diagonal; beta_m leads out of the Krylov space. A zero is
         where the space was exhausted and another began.
-    basis: (m, P), q_1 ... q_m.
+    basis: q_1 ... q_m, as the rows of tensors (<= BLOCK, P).
     """
 
     alpha: Tensor
     beta: Tensor
-    basis: Tensor
+    basis: tuple[Tensor, ...]
 
     def ritz(self) -> tuple[Tensor, Tensor, Tensor]:
         """theta (m,) in descending order, residuals (m,), and S (m, m), whose columns are the eigenvectors of T."""
@@ -51,6 +52,14 @@ class Tridiagonal:
         theta, s = torch.linalg.eigh(self.alpha.diag() + beside.diag(1) + beside.diag(-1))
         theta, s = theta.flip(0), s.flip(1)
         return theta, (self.beta[-1] * s[-1]).abs(), s
+
+    def combined(self, s: Tensor) -> Tensor:
+        """Q s, (P,), of s (m,)."""
+        found = torch.zeros_like(self.basis[0][0])
+        parts = torch.split(s.to(found), [len(rows) for rows in self.basis])
+        for part, rows in zip(parts, self.basis, strict=True):
+            found += part @ rows
+        return found
 
 
 @dataclass(frozen=True)
@@ -86,7 +95,9 @@ def top_eigenvalues(
     Args:
         operator: of size P.
         k, smallest: how many; together 1 ... P.
-        steps: the most products to take in all; so many vectors of the weights' size are held.
+        steps: the most products to take in all. So many vectors of the weights' size are held at most: those of one
+            Krylov space, in blocks of 8 as it grows, and the eigenvectors that were found before it; besides, the new
+            eigenvectors when they are made of both, and a few to work with.
         tolerance: of residuals, relative to the largest |theta|. The default is the root of the dtype's rounding unit
             (1.5e-8 in float64, 3.5e-4 in float32): a simple, separated eigenvalue is then as exact as its products.
         seed: of the starts.
@@ -137,9 +148,12 @@ def top_eigenvalues(
         everything = len(values) + len(theta) == operator.size
         nothing_new = len(values) == wanted and bool(((now - values).abs() <= allowed).all())
         confirmed = enough(chain) and (everything or nothing_new)
-        s, n = s.to(vectors), len(values)
-        vectors = torch.stack([vectors[row] if row < n else s[:, row - n] @ chain.basis for row in rows.tolist()])
+        n, known = len(values), vectors
+        vectors = known.new_empty(len(rows), operator.size)
+        for vector, row in zip(vectors, rows.tolist(), strict=True):
+            vector.copy_(known[row] if row < n else chain.combined(s[:, row - n]))
         values, residuals, taken = now, errors, taken + len(theta)
+        del chain, known  # before there is another: they are large
 
     return Eigenvalues(values, residuals, vectors, taken, confirmed)
 
@@ -162,24 +176,28 @@ def tridiagonalised(
         against: (j, P), orthonormal rows that the basis stays orthogonal to: A is then restricted to their complement.
         enough: asked after every step whether to stop.
 
+    Memory: the basis, taken in blocks of 8 as it grows, at most `steps` vectors; nothing of `against` is copied.
+
     >>> d = torch.tensor([3.0, 3.0, 1.0], dtype=torch.float64)
     >>> operator = Operator(lambda v: d * v, {"w": slice(0, 3)}, d.dtype, d.device)
     >>> theta, residuals, _ = tridiagonalised(operator, torch.ones_like(d), 3, seeded(0)).ritz()
     >>> [round(value, 6) for value in theta.tolist()]
     [3.0, 3.0, 1.0]
     """
-    locked = 0 if against is None else len(against)
-    m = min(steps, operator.size - locked)
-    held = torch.empty(locked + m, operator.size, dtype=operator.dtype, device=operator.device)
-    if against is not None:
-        held[:locked] = against
-    alpha, beta, ahead = [0.0] * m, [0.0] * m, _orthogonal(start, held[:locked])
+    locked = () if against is None else (against,)
+    m = min(steps, operator.size - sum(len(rows) for rows in locked))
+    alpha, beta, ahead = [0.0] * m, [0.0] * m, _orthogonal(start, locked)
+    basis: tuple[Tensor, ...] = ()
     for j in range(m):
         if j > 0 and beta[j - 1] == 0:
-            ahead = _orthogonal(normal(operator, generator), held[: locked + j])
-        held[locked + j] = q = ahead / ahead.norm()
+            ahead = _orthogonal(normal(operator, generator), (*locked, *basis))
+        if j % BLOCK == 0:
+            full = basis
+            block = torch.empty(min(BLOCK, m - j), operator.size, dtype=operator.dtype, device=operator.device)
+        block[j % BLOCK] = q = ahead / ahead.norm()
+        basis = (*full, block[: j % BLOCK + 1])
         image = operator.product(q)
-        ahead = _orthogonal(image, held[: locked + j + 1])
+        ahead = _orthogonal(image, (*locked, *basis))
         alpha[j], beta[j] = (q @ image).item(), ahead.norm().item()
         if not (math.isfinite(alpha[j]) and math.isfinite(beta[j])):
             raise ValueError(f"operator: expected finite products, got <q, A q> = {alpha[j]} at step {j + 1}")
@@ -187,7 +205,7 @@ def tridiagonalised(
         if beta[j] <= 10 * torch.finfo(operator.dtype).eps * scale:  # nothing but rounding
             beta[j] = 0.0
         numbers = torch.tensor([alpha[: j + 1], beta[: j + 1]], dtype=torch.float64)
-        chain = Tridiagonal(numbers[0], numbers[1], held[locked : locked + j + 1])
+        chain = Tridiagonal(numbers[0], numbers[1], basis)
         if enough(chain):
             break
     return chain
@@ -198,8 +216,8 @@ def normal(operator: Operator, generator: torch.Generator) -> Tensor:
     return torch.randn(operator.size, dtype=torch.float64, generator=generator).to(operator.device, operator.dtype)
 
 
-def _orthogonal(vector: Tensor, rows: Tensor) -> Tensor:
+def _orthogonal(vector: Tensor, blocks: Sequence[Tensor]) -> Tensor:
     """Gram and Schmidt, twice: once leaves rounding errors of the size of what was taken off, twice is enough."""
-    for _ in range(2):
+    for rows in (*blocks, *blocks):
         vector = vector - rows.T @ (rows @ vector)
     return vector

@@ -27,12 +27,13 @@ def trace(operator: Operator, products: int, seed: int = 0) -> Estimate:
 
     Args:
         operator: of size P.
-        products: with A, >= 3. A third finds Q, a third is spent on tr Q^T A Q, the rest are probes. products / 3
-            vectors of the weights' size are held, and their QR factors.
+        products: with A, >= 3. A third finds Q, a third is spent on tr Q^T A Q, the rest are probes. products // 3
+            vectors of the weights' size are held, Q, and as many again (A S) until Q is known.
         seed: of S and the probes.
 
-    Returns: an `Estimate`, unbiased; its standard error is that of the probes, given Q, and `draws` is their number. It
-    needs 6 products to be a number, and is 0 up to rounding where rank(A) <= products // 3.
+    Returns: an `Estimate`, unbiased; its standard error is that of the probes, given Q, and `draws` is their number:
+    products - 2 (products // 3). The error is NaN with 3 products, which leave a single probe, a number from 4 on, and
+    0 up to rounding where rank(A) <= products // 3.
 
     Raises: ValueError for fewer than 3 products.
 
@@ -44,8 +45,7 @@ def trace(operator: Operator, products: int, seed: int = 0) -> Estimate:
     if products < 3:
         raise ValueError(f"products: expected an integer >= 3, got {products!r}")
     generator, third = seeded(seed), products // 3
-    sketch = [operator.product(normal(operator, generator)) for _ in range(min(third, operator.size))]
-    basis: Tensor = torch.linalg.qr(torch.stack(sketch, 1)).Q  # (P, products / 3)
+    basis = _range(operator, min(third, operator.size), generator)
     seen = sum((q @ operator.product(q)).double().item() for q in basis.T)
 
     def remainder() -> Tensor:
@@ -92,3 +92,12 @@ def signs(operator: Operator, generator: torch.Generator) -> Tensor:
     """A vector (P,) of random signs, drawn on the CPU so that every device gets the same."""
     drawn = torch.randint(0, 2, (operator.size,), generator=generator)
     return (2 * drawn - 1).to(operator.device, operator.dtype)
+
+
+def _range(operator: Operator, rank: int, generator: torch.Generator) -> Tensor:
+    """orth(A S), (P, rank), of a Gaussian S."""
+    sketch = torch.empty(rank, operator.size, dtype=operator.dtype, device=operator.device)
+    for row in sketch:
+        row.copy_(operator.product(normal(operator, generator)))
+    basis: Tensor = torch.linalg.qr(sketch.T).Q
+    return basis

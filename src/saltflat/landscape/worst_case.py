@@ -27,7 +27,6 @@ Deviation: one optimiser for all, steepest ascent with a constant step, where th
 from __future__ import annotations
 
 import math
-from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
@@ -89,8 +88,9 @@ def worst_case(
 
     Returns: a `Worst`. A loss that was infinite on the way gives inf, one that was NaN gives NaN.
 
-    Costs (restarts + 1) steps gradients and restarts + 2 evaluations of the loss. Memory: a backup of the weights, and
-    four displacements.
+    Costs (restarts + 1) steps gradients, of `losses` or of what `climbed` gives in their place, and restarts + 2
+    evaluations of `losses`: at w, and where each climb ends. Memory, beside what the losses take: a backup of the
+    weights and five displacements, and what a step in the ball needs.
 
     Raises: what `perturbed` raises; ValueError for restarts < 0.
 
@@ -108,13 +108,12 @@ def worst_case(
     at_w, by_start = _value(model, losses, {}), []
 
     def highest(start: Weights) -> Point:
-        if climbed is None:
-            return max(_ascent(model, losses, ball, start, steps, size, where), key=_rank)
-        ((_, end),) = deque(_ascent(model, climbed(), ball, start, steps, size, where), maxlen=1)
-        return _value(model, losses, end), end
+        passed, end = _ascent(model, losses if climbed is None else climbed(), ball, start, steps, size, where)
+        last = _value(model, losses, end), end
+        return max(passed, last, key=_rank) if climbed is None else last
 
     best: Point = at_w, _nothing(model, where)
-    for start in (best[1], *_points(model, ball, restarts, seed, where)):
+    for start in _starts(model, ball, restarts, seed, where):
         found = highest(start)
         by_start.append(found[0] - at_w)
         best = max(best, found, key=_rank)
@@ -136,15 +135,18 @@ def keskar_sharpness(worst: Worst) -> float:
 
 def _ascent(
     model: nn.Module, losses: Losses, ball: WeightBall, v: Weights, steps: int, size: float, where: Where
-) -> Iterator[Point]:
-    """Every iterate from v on, with the loss there; that of all but the last comes with their gradient."""
+) -> tuple[Point, Weights]:
+    """The highest of the points that gradients were taken at, from v on, where the loss comes with them; and where the
+    last of them leads.
+    """
+    passed: Point = -math.inf, v
     for _ in range(steps):
         with perturbed(model, losses, ball, step_size=size, start=v, where=where) as ascent:
             ahead = ascent.displacement
         assert ascent.value is not None
-        yield ascent.value.item(), v
+        passed = max(passed, (ascent.value.item(), v), key=_rank)
         v = ahead
-    yield _value(model, losses, v), v
+    return passed, v
 
 
 def _value(model: nn.Module, losses: Losses, displacement: Weights) -> float:
@@ -157,8 +159,9 @@ def _nothing(model: nn.Module, where: Where) -> dict[str, Tensor]:
     return {name: torch.zeros_like(p) for name, p in chosen_weights(model, where).items()}
 
 
-def _points(model: nn.Module, ball: WeightBall, n: int, seed: int, where: Where) -> Iterator[dict[str, Tensor]]:
-    for r in range(1, n + 1):
+def _starts(model: nn.Module, ball: WeightBall, restarts: int, seed: int, where: Where) -> Iterator[dict[str, Tensor]]:
+    yield _nothing(model, where)
+    for r in range(1, restarts + 1):
         yield drawn(model, within(ball), seeded(seed, r), where)
 
 

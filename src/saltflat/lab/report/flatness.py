@@ -64,7 +64,7 @@ def flatness_table(groups: Sequence[Group]) -> Table:
 
 def _caption(found: Mapping[_Asked, Mapping[Group, Mapping[int, Measure]]], common: Mapping[str, str]) -> str:
     remarks = dict.fromkeys(
-        f"{asked.name}: {one.note}"
+        f"{asked.name} ({one.note})"
         for asked, by_group in found.items()
         for by_seed in by_group.values()
         for one in by_seed.values()
@@ -96,5 +96,7 @@ def _cell(by_seed: Mapping[int, Measure], seeds: int) -> Cell:
 
 def _in_words(seed: int, one: Measure, places: int) -> str:
     error, seconds = decimal(one.standard_error, places), decimal(one.seconds, 1)
-    beside = [text for text in (f"s.e. {error}", f"{seconds} s") if MISSING not in text]
-    return f"seed {seed}: {decimal(one.value, places)}" + (f" ({', '.join(beside)})" if beside else "")
+    beside = ", ".join(text for text in (f"s.e. {error}", f"{seconds} s") if MISSING not in text)
+    found = ", ".join(decimal(value, places) for value in one.starts)
+    facts = "; ".join(text for text in (beside, f"from each start: {found}" if found else "") if text)
+    return f"seed {seed}: {decimal(one.value, places)}" + (f" ({facts})" if facts else "")

@@ -106,7 +106,11 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Measure:
-    """One measure of flatness; the standard error is that of the measurement itself, from images and draws."""
+    """One measure of flatness; the standard error is that of the measurement itself, from images and draws.
+
+    `starts`: of a maximum, the rise that was found from each start of the search; how far they differ says how far it
+    is to be trusted. `note`: why it was not, or only partly, measured.
+    """
 
     name: str
     value: Number
@@ -114,6 +118,7 @@ class Measure:
     settings: str = ""
     standard_error: Number = math.nan
     seconds: Number = math.nan
+    starts: tuple[Number, ...] = ()
     note: str | None = None
 
 

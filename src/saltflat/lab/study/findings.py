@@ -7,12 +7,19 @@ Main results are over models that are trained well enough. A measure's verdict o
     explained      tau does, its partial does not: "explained by how far the model is trained"
     contradicted   tau excludes 0 on the other side
     none           tau's interval holds 0
-    too few        fewer than five runs, or a constant column: nothing is said
+    no difference  the measure, or the gap, is the same for all models: nothing is said
+    too few        fewer than five runs, or so few that differ that most resamples hold none of them: nothing is said
+
+No sign is expected of a control in a measure's place, nor of the negative control: they have no verdict, and no sign
+error.
+
+Intervals by run take runs that differ in the seed alone for independent, and so are narrow for a claim about settings.
+Beside them stands that of tau by setting, in which such runs are drawn together.
 """
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
 from typing import Any
 
@@ -35,10 +42,10 @@ from saltflat.lab.study.table import (
     plain,
 )
 
-LEAST = 5  # runs
+LEAST = 5  # runs, or settings
 WITH = ("", *TARGETS, TRAIN_LOSS, WEIGHT_NORM)  # columns whose taus are taken together, the measure first
 LEAST_ARRANGEMENTS = 100  # fewer permutations of runs than this, and p says little
-CONTROL_MEASURES = (
+CONTROL_MEASURES = (  # their sign is not looked at
     Measure("training robust loss", "nats", "", 1),
     Measure("weight norm", "", "", 1),
 )
@@ -51,6 +58,7 @@ class Verdict(StrEnum):
     EXPLAINED = "explained"
     CONTRADICTED = "contradicted"
     NONE = "none"
+    SAME = "no difference"
     TOO_FEW = "too few"
 
 
@@ -73,6 +81,7 @@ class Association:
 
     target: str
     tau: Estimate
+    tau_by_setting: Estimate
     p: float  # two-sided, by permutation of runs; nan where these are too few
     given_train_loss: Estimate
     given_weight_norm: Estimate
@@ -81,10 +90,10 @@ class Association:
     psi: float
     axes: tuple[Axis, ...]
     worst_axis: str | None
-    worst_sign_error: float
+    worst_sign_error: float  # nan where no sign is expected
     without_method: dict[str, float]  # tau without the models of each method
     with_undertrained: Estimate
-    verdict: Verdict | None  # of the gaps; the negative control has none
+    verdict: Verdict | None  # None where no sign is expected
 
 
 @dataclass(frozen=True)
@@ -111,6 +120,7 @@ class Findings:
 
     models: int  # trained well enough
     runs: int
+    settings: int  # of those runs; what differs in the seed alone is one
     seeds: int
     methods: tuple[str, ...]
     undertrained: tuple[str, ...]
@@ -132,7 +142,8 @@ def findings(table: Table, *, resamples: int = 2000, permutations: int = 2000, s
     """Everything that can be said of a table; equal tables and seeds give equal findings."""
     measured = [model for model in table.models if _complete(model)]
     trained = [model for model in measured if not table.undertrained(model)]
-    draws = _Draws(resamples, permutations, seed)
+    settings = _settings(table.models)
+    draws = _Draws(resamples, permutations, seed, settings)
 
     def finding(part: Part, name: str, measure: Measure) -> Finding:
         return _finding(part, name, measure, trained, measured, draws)
@@ -140,6 +151,7 @@ def findings(table: Table, *, resamples: int = 2000, permutations: int = 2000, s
     return Findings(
         models=len(trained),
         runs=len({model.cluster for model in trained}),
+        settings=len({settings[model.cluster] for model in trained}),
         seeds=len({model.axes["seed"] for model in trained if "seed" in model.axes}),
         methods=tuple(dict.fromkeys(model.method for model in trained)),
         undertrained=tuple(model.name for model in measured if table.undertrained(model)),
@@ -170,25 +182,44 @@ class _Draws:
     resamples: int
     permutations: int
     seed: int
+    settings: Mapping[str, str]  # of each run
 
-    def counts(self, models: Sequence[Model]) -> Array:
-        clusters = [model.cluster for model in models]
+    def counts(self, clusters: Sequence[str]) -> Array:
         return cluster_counts(clusters, self.resamples, np.random.default_rng([self.seed, 0]))
 
     def p_values(self, models: Sequence[Model], x: Array, others: Array, observed: Sequence[float]) -> list[float]:
         clusters = [model.cluster for model in models]
-        if not _enough(models) or arrangements(clusters) < LEAST_ARRANGEMENTS:
+        if not _enough(clusters) or arrangements(clusters) < LEAST_ARRANGEMENTS:
             return [math.nan] * len(others)
         orders = permutations(clusters, self.permutations, np.random.default_rng([self.seed, 1]))
         return [p_value(*each) for each in zip(observed, permuted(x, others, orders).T, strict=True)]
+
+
+def _settings(models: Sequence[Model]) -> dict[str, str]:
+    """The setting of each run, named after its first run: runs belong together that hold models which agree in all axes
+    but the seed. A run whose axes are not on record stands alone.
+    """
+    alike: dict[object, set[str]] = {}
+    for model in models:
+        rest = frozenset((name, value) for name, value in model.axes.items() if name != "seed")
+        alike.setdefault(rest if model.axes else model.cluster, set()).add(model.cluster)
+    settings: list[set[str]] = []
+    for runs in alike.values():  # a run has several checkpoints, and so may belong to several
+        joined = [other for other in settings if other & runs]
+        settings = [other for other in settings if not other & runs] + [runs.union(*joined)]
+    return {run: min(runs) for runs in settings for run in runs}
 
 
 def _finding(
     part: Part, name: str, measure: Measure, trained: Sequence[Model], everyone: Sequence[Model], draws: _Draws
 ) -> Finding:
     models, all_models = ([one for one in those if _has(one, part, name)] for those in (trained, everyone))
-    taus = _taus(part, name, models, draws)
-    all_taus = taus if len(all_models) == len(models) else _taus(part, name, all_models, draws)
+    runs = [model.cluster for model in models]
+    settings = [draws.settings[run] for run in runs]
+    taus = _taus(part, name, models, runs, draws)
+    taus_by_setting = taus if settings == runs else _taus(part, name, models, settings, draws)
+    all_runs = [model.cluster for model in all_models]
+    all_taus = taus if all_runs == runs else _taus(part, name, all_models, all_runs, draws)
     x, targets = column(models, part, name), [column(models, "targets", target) for target in TARGETS]
     p_values = draws.p_values(models, x, np.stack(targets), [taus.of(target).value for target in TARGETS])
     again = column(models, "again", name) if part == "measures" else np.full(len(models), math.nan)
@@ -196,29 +227,32 @@ def _finding(
 
     def association(target: str, y: Array, p: float) -> Association:
         axes = granulated([model.axes for model in models], x, y)
-        least = worst(axes, measure.sign)
         tau, given = taus.of(target), taus.given(target, TRAIN_LOSS)
+        expected = part == "measures" and target != NEGATIVE
+        least = worst(axes, measure.sign) if expected else None
+        wide = taus_by_setting.of(target)
         return Association(
             target=target,
             tau=tau,
+            tau_by_setting=replace(tau, low=wide.low, high=wide.high),
             p=p,
             given_train_loss=given,
             given_weight_norm=taus.given(target, WEIGHT_NORM),
-            spearman=spearman(x, y) if _enough(models) else math.nan,
-            pearson=pearson(x, y) if _enough(models) else math.nan,
+            spearman=spearman(x, y) if _enough(runs) else math.nan,
+            pearson=pearson(x, y) if _enough(runs) else math.nan,
             psi=psi(axes),
             axes=axes,
             worst_axis=least.name if least else None,
             worst_sign_error=least.sign_error(measure.sign) if least else math.nan,
             without_method=without_each([model.method for model in models], x, y),
             with_undertrained=all_taus.of(target),
-            verdict=None if target == NEGATIVE else verdict(tau, given, measure.sign),
+            verdict=verdict(len(set(runs)), tau, given, measure.sign) if expected else None,
         )
 
     return Finding(
         measure=measure,
         models=len(models),
-        runs=len({model.cluster for model in models}),
+        runs=len(set(runs)),
         missing=len(trained) - len(models),
         associations=tuple(map(association, TARGETS, targets, p_values)),
         repeated=int(twice.sum()),
@@ -227,8 +261,12 @@ def _finding(
     )
 
 
-def verdict(tau: Estimate, given_train_loss: Estimate, sign: int) -> Verdict:
-    """The rule of this file's head."""
+def verdict(runs: int, tau: Estimate, given_train_loss: Estimate, sign: int) -> Verdict:
+    """The rule of this file's head; of enough runs, tau has no value where one of the two is the same for all."""
+    if runs < LEAST:
+        return Verdict.TOO_FEW
+    if not math.isfinite(tau.value):
+        return Verdict.SAME
     if not math.isfinite(tau.low):
         return Verdict.TOO_FEW
     if tau.excludes_zero(-sign):
@@ -257,16 +295,16 @@ class _Taus:
         return Estimate(float(read(self.whole)), *interval(read(self.resampled)))
 
 
-def _taus(part: Part, name: str, models: Sequence[Model], draws: _Draws) -> _Taus:
-    if not _enough(models):
+def _taus(part: Part, name: str, models: Sequence[Model], clusters: Sequence[str], draws: _Draws) -> _Taus:
+    if not _enough(clusters):
         nothing = np.full((len(WITH), len(WITH)), math.nan)
         return _Taus(nothing, nothing[None])
     columns = np.stack([column(models, *place) for place in _places(part, name)])
-    return _Taus(kendall(columns), kendall(columns, draws.counts(models)))
+    return _Taus(kendall(columns), kendall(columns, draws.counts(clusters)))
 
 
-def _enough(models: Sequence[Model]) -> bool:
-    return len({model.cluster for model in models}) >= LEAST
+def _enough(clusters: Sequence[str]) -> bool:
+    return len(set(clusters)) >= LEAST
 
 
 def _places(part: Part, name: str) -> list[tuple[Part, str]]:

@@ -32,7 +32,8 @@ class Axis:
     pairs: int
 
     def sign_error(self, sign: int) -> float:
-        """Share of pairs that are ordered against the expected sign, a tie counting half.
+        """Mean over groups of the share of a group's pairs that are ordered against the expected sign, ties counting
+        half: every group weighs the same, however many pairs it has.
 
         >>> Axis("gamma", psi=0.5, groups=1, pairs=4).sign_error(1)
         0.25

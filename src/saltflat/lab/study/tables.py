@@ -38,21 +38,26 @@ HEADS = {
 def association_table(found: Findings) -> Numbers:
     """Every measure and control with every target."""
 
-    def body(place: int, finding: Finding) -> Body:
+    def body(finding: Finding) -> Body:
         icc = Cell(decimal(finding.intraclass))
         rows = [_association(one, icc if not index else Cell("")) for index, one in enumerate(finding.associations)]
-        return Body(finding.measure.name, place, tuple(rows))
+        return Body(finding.measure.name, None, tuple(rows))
 
     return Numbers(
         label="Associations of every measure with every target",
         caption=(
             f"Over models that are trained well enough. In brackets: 95 % percentile intervals over {found.resamples} "
-            f"bootstrap resamples of runs. p: two-sided, {found.permutations} permutations of runs. Seed of all draws: "
-            f"{found.seed}. The last two rows are controls in a measure's place; with the gap in loss, training robust "
-            "loss has an association by definition, and a control given itself is 0."
+            "bootstrap resamples of runs and, where they are by setting, of whole settings (models that agree in all "
+            f"axes but the seed; {found.settings} in all). Runs of one setting with different seeds count as "
+            "independent in the former and in p, so that intervals are narrow for claims about settings. p: two-sided, "
+            f"{found.permutations} permutations of runs. Seed of all draws: {found.seed}. The last two are controls in "
+            "a measure's place; with the gap in loss, training robust loss has an association by definition, and a "
+            "control given itself is 0. No sign is expected of controls, nor of test robust accuracy: they have no "
+            "sign error and no verdict."
         ),
         columns=(
-            Column("τ-b", "95 % interval", "tau"),
+            Column("τ-b", "95 % interval by run", "tau"),
+            Column("95 % interval", "by setting", "setting"),
             Column("p", "", "p"),
             Column("given loss", "training, robust", "partial"),
             Column("given weight norm", "", "partial"),
@@ -65,8 +70,9 @@ def association_table(found: Findings) -> Numbers:
             Column("ICC", "", "icc"),
             Column("verdict", "", "verdict"),
         ),
-        bodies=tuple(body(place, one) for place, one in enumerate([*found.measures, *found.controls])),
+        bodies=tuple(map(body, (*found.measures, *found.controls))),
         row_labels=Column("target"),
+        corner="measure",
     )
 
 
@@ -75,11 +81,13 @@ def _association(one: Association, icc: Cell) -> Row:
     finite = [tau for tau in taus if math.isfinite(tau)]
     detail = ", ".join(f"without {name}: {decimal(tau)}" for name, tau in one.without_method.items())
     least_to_most = Cell(f"{decimal(min(finite))} to {decimal(max(finite))}", "", detail) if finite else Cell(MISSING)
+    interval = bracketed(one.tau_by_setting)
     axes = ", ".join(f"{axis.name}: ψ = {decimal(axis.psi)} ({axis.pairs} pairs)" for axis in one.axes)
     return Row(
         TARGET_WORDS[one.target],
         (
             _estimate(one.tau),
+            Cell("" if interval else MISSING, interval),
             Cell(p_words(one.p) if math.isfinite(one.p) else MISSING),
             _estimate(one.given_train_loss),
             _estimate(one.given_weight_norm),
@@ -113,7 +121,8 @@ def axes_table(found: Findings) -> Numbers:
         caption="ψ with the gap in loss along one hyper-parameter, all others and the seed being equal; in brackets, "
         "how many pairs of models it rests on. −1: always ordered oppositely; +1: always alike.",
         columns=tuple(Column(name, "ψ", "psi") for name in names),
-        bodies=tuple(Body(one.measure.name, place, (row(one),)) for place, one in enumerate(found.measures) if names),
+        bodies=tuple(Body(one.measure.name, None, (row(one),)) for one in found.measures if names),
+        corner="measure",
     )
 
 
@@ -150,7 +159,8 @@ def measure_table(found: Findings) -> Numbers:
             Column("ICC", "", "icc"),
             Column("τ-b", "of the two", "tau"),
         ),
-        bodies=tuple(Body(one.measure.name, place, (row(one),)) for place, one in enumerate(found.measures)),
+        bodies=tuple(Body(one.measure.name, None, (row(one),)) for one in found.measures),
+        corner="measure",
     )
 
 
@@ -178,6 +188,7 @@ def models_table(table: Table) -> Numbers:
         ),
         bodies=tuple(Body(model.name, series[model.method], (row(model),)) for model in table.models),
         row_labels=Column("run"),
+        corner="model",
     )
 
 

@@ -13,6 +13,7 @@ from saltflat.lab.study.findings import LEAST, Association, Estimate, Finding, F
 from saltflat.lab.study.resampling import detectable
 from saltflat.lab.study.table import GAP_ACCURACY, GAP_LOSS, NEGATIVE, TRAIN_LOSS, WEIGHT_NORM, Table
 
+UNSAID = (Verdict.SAME, Verdict.TOO_FEW)
 FEW = 40  # runs, below which only strong associations can be told from none
 TARGET_WORDS = {
     GAP_LOSS: "gap in robust loss",
@@ -24,25 +25,36 @@ VERDICT_WORDS = {
     Verdict.EXPLAINED: "explained by how far the model is trained",
     Verdict.CONTRADICTED: "contradicted",
     Verdict.NONE: "no association",
+    Verdict.SAME: "no difference among the models",
     Verdict.TOO_FEW: "too few models",
 }
 
 
 def headline(found: Findings) -> list[Sentence]:
     """The claim's fate, the measures by verdict, the confounder, and how much the study could have seen."""
-    if not found.measures or all(one.with_target(GAP_LOSS).verdict is Verdict.TOO_FEW for one in found.measures):
-        return [_nothing_said(found), _extent(found)]
+    if _silent(found):
+        return [*_nothing_said(found), _extent(found)]
     sentences = [_overall(found), *_by_verdict(found), _confounder(found), _extent(found)]
     return [sentence for sentence in sentences if sentence.claim or sentence.evidence]
 
 
-def _nothing_said(found: Findings) -> Sentence:
-    return Sentence(
-        f"Nothing can be said of flatness and the robust generalisation gap: {counted(found.models, 'model')} out of "
-        f"{counted(found.runs, 'run')} {'is' if found.models == 1 else 'are'} too few.",
+def _silent(found: Findings) -> bool:
+    return all(one.with_target(GAP_LOSS).verdict in UNSAID for one in found.measures)
+
+
+def _nothing_said(found: Findings) -> list[Sentence]:
+    few = found.runs < LEAST
+    if few:
+        models, runs = counted(found.models, "model"), counted(found.runs, "run")
+        why = f"{models} out of {runs} {'is' if found.models == 1 else 'are'} too few"
+    else:
+        why = f"no measure has values of {LEAST} runs or more that differ"
+    answer = Sentence(
+        f"Nothing can be said of flatness and the robust generalisation gap: {why}.",
         f"At least {LEAST} runs that are trained well enough are needed, with a measure and a gap that differ among "
         f"them. The numbers that there are stand below.",
     )
+    return [answer, *([] if few else _by_verdict(found))]
 
 
 def _overall(found: Findings) -> Sentence:
@@ -91,6 +103,7 @@ def _by_verdict(found: Findings) -> list[Sentence]:
         (Verdict.EXPLAINED, "Explained by how far the model is trained:"),
         (Verdict.CONTRADICTED, "The claim is contradicted by"),
         (Verdict.NONE, "No association with the gap:"),
+        (Verdict.SAME, "No difference among the models in"),
         (Verdict.TOO_FEW, "Too few models for"),
     ):
         members = found.with_verdict(GAP_LOSS, verdict)
@@ -101,7 +114,7 @@ def _by_verdict(found: Findings) -> list[Sentence]:
 
 
 def _evidence(verdict: Verdict, members: Sequence[Finding]) -> str:
-    if verdict is Verdict.TOO_FEW:
+    if verdict in UNSAID:
         return ""
     strongest = members[0].with_target(GAP_LOSS)
     parts = [f"{'The strongest, ' if len(members) > 1 else ''}{members[0].measure.name}: {numbers(strongest)}."]
@@ -122,7 +135,7 @@ def _reservations(verdict: Verdict, members: Sequence[Finding]) -> list[str]:
     remarks: dict[Verdict, list[tuple[str, Callable[[Finding], bool]]]] = {
         Verdict.SUPPORTED: [
             ("Given the weight norm, the interval holds 0 for", lambda one: not _kept(one, WEIGHT_NORM)),
-            ("Along at least one hyper-parameter, more pairs are ordered wrongly than rightly by", _turns),
+            ("Along at least one hyper-parameter, the sign error is above that of a coin for", _turns),
             ("Without one of the methods nothing of it is left for", _rests_on_one_method),
             ("Other draws change the value as much as other models do for", lambda one: one.intraclass < 0.5),
             ("Not of the gap alone: test robust accuracy is associated too with", _with_the_negative_control),
@@ -181,8 +194,9 @@ def _confounder(found: Findings) -> Sentence:
 
 def _extent(found: Findings) -> Sentence:
     left_out = len(found.undertrained)
+    seeds = f"{counted(found.seeds, 'seed')}, " if found.seeds else ""
     parts = [
-        f"{counted(found.models, 'model')} from {counted(found.runs, 'run')}, {counted(found.seeds, 'seed')}, "
+        f"{counted(found.models, 'model')} from {counted(found.runs, 'run')}, {seeds}"
         f"{counted(len(found.methods), 'method')}."
     ]
     if left_out:
@@ -191,13 +205,15 @@ def _extent(found: Findings) -> Sentence:
             f"{these} left out (training robust accuracy below {found.floor:g}{UNBROKEN}%), since what has not learned "
             f"is flat. {_with_them(found)}"
         )
-    else:
+    elif found.floor > 0:
         parts.append(f"No model is below {found.floor:g}{UNBROKEN}% training robust accuracy, so none is left out.")
     if 1 < found.runs < FEW:
         parts.append(
             f"{counted(found.runs, 'run')} are few: only |τ| of about {detectable(found.runs):.2f} and more would be "
             f"detected in 80{UNBROKEN}% of such studies."
         )
+    if found.settings < found.runs and not _silent(found):
+        parts.append(_by_setting(found))
     if found.incomplete:
         parts.append(f"{counted(len(found.incomplete), 'more model')} could not be measured.")
     missing = [one for one in found.measures if one.missing]
@@ -207,22 +223,35 @@ def _extent(found: Findings) -> Sentence:
     return Sentence("", " ".join(parts))
 
 
+def _by_setting(found: Findings) -> str:
+    """What the main intervals take for granted, and whether their signs hold without it."""
+    if found.settings < LEAST:
+        outcome = f"Intervals by setting need at least {LEAST}."
+    else:
+        outcome = _signs("By setting", "by run", found, lambda one: one.tau_by_setting)
+    return (
+        "Runs of one setting with different seeds count as independent, so that intervals and p are narrow for claims "
+        f"about settings, of which there {'is' if found.settings == 1 else 'are'} {found.settings}. {outcome}"
+    )
+
+
 def _with_them(found: Findings) -> str:
     """Whether the undertrained models would have changed a sign or a verdict's first condition."""
-    changed = [
-        one.measure.name
-        for one in found.measures
-        if any(
-            one.with_target(GAP_LOSS).tau.excludes_zero(sign)
-            != one.with_target(GAP_LOSS).with_undertrained.excludes_zero(sign)
-            for sign in (-1, 1)
-        )
-    ]
+    return _signs("With all models", "without", found, lambda one: one.with_undertrained)
+
+
+def _signs(how: str, otherwise: str, found: Findings, other: Callable[[Association], Estimate]) -> str:
+    """Of which measures another interval of tau, where there is one, leaves out 0 on another side than the main one."""
+
+    def sides(interval: Estimate) -> tuple[bool, bool]:
+        return interval.excludes_zero(-1), interval.excludes_zero(1)
+
+    with_gap = {one.measure.name: one.with_target(GAP_LOSS) for one in found.measures}
+    there = {name: one for name, one in with_gap.items() if math.isfinite(other(one).low)}
+    changed = [name for name, one in there.items() if sides(one.tau) != sides(other(one))]
     if not changed:
-        return (
-            "With all models, every interval of τ with the gap in loss lies as without: on one side of 0, or around it."
-        )
-    return f"With all models, the interval of τ with the gap in loss comes to lie otherwise for {_listed(changed)}."
+        return f"{how}, every interval of τ with the gap in loss lies as {otherwise}: on one side of 0, or around it."
+    return f"{how}, the interval of τ with the gap in loss comes to lie otherwise for {_listed(changed)}."
 
 
 def numbers(association: Association) -> str:
