@@ -4,7 +4,7 @@ from saltflat.landscape.average_case import average_case
 from saltflat.landscape.density import Density, spectral_density
 from saltflat.landscape.directions import adversarial_direction, random_direction
 from saltflat.landscape.estimate import Estimate
-from saltflat.landscape.extent import area, curvature_at_zero, half_width
+from saltflat.landscape.extent import area, curvature_at_zero, half_width, widths
 from saltflat.landscape.fisher import fisher_trace, squared_gradients
 from saltflat.landscape.hessian import Operator, as_weights, hessian, reattacked_hessian
 from saltflat.landscape.lanczos import Eigenvalues, top_eigenvalues
@@ -54,6 +54,7 @@ __all__ = [
     "trace",
     "weight_curvature",
     "weight_norm",
+    "widths",
     "within",
     "worst_case",
 ]

@@ -30,6 +30,7 @@ from saltflat.landscape.hessian import Operator
 from saltflat.random import seeded
 
 SETTLED = 1e-2  # a Ritz value known to this share of itself tells whether it belongs among others
+LEAST = 4  # steps of any space: a start that happens to be nearly an eigenvector would seem to have settled at once
 BLOCK = 8  # vectors of a basis that memory is taken for at a time: how many will be needed is not known before
 
 
@@ -138,6 +139,7 @@ def top_eigenvalues(
         rows, _, errors, allowed = merged(theta, near)
         ends = [0] * (k > 0) + [-1] * (smallest > 0)
         settled = all(near[end] <= max(SETTLED * theta[end].abs().item(), allowed) for end in ends)
+        settled = settled and len(theta) >= min(LEAST, operator.size - len(values))
         return len(rows) == wanted and bool((errors <= allowed).all()) and settled
 
     while not confirmed and taken < steps and len(values) < operator.size:
