@@ -12,6 +12,7 @@ import io
 import os
 import re
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import dropwhile
@@ -277,11 +278,12 @@ def landscape(
         ]  # all are looked at before the first is measured
         landscapes.check_alike(opened)
         for of in opened:
+            began = time.perf_counter()
             if dimensions == 1:
                 found = landscapes.line(of, alphas, directions, how)
             else:
                 found = landscapes.plane(of, alphas, alphas, how)
-            console.say(f"{of.folder}: {landscapes.in_words(found)}")
+            console.say(f"{of.folder}: {landscapes.in_words(found)} ({time.perf_counter() - began:.0f} s)")
         console.report([of.folder for of in opened], out)
 
     return job
