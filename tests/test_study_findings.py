@@ -356,4 +356,15 @@ def test_what_is_no_table_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="measures: expected one of"):
         replace(table, measures=())
     with pytest.raises(ValueError, match="sign: expected"):
-        Measure("m", "", "", 0)
+        Measure("m", "", "", 2)
+
+
+def test_what_is_no_flatness_is_a_control_and_no_evidence() -> None:
+    table = grid({"m": "gap", "norm": "gap"})
+    m, norm = table.measures
+    found = analysed(replace(table, measures=(m, replace(norm, sign=0))))
+    assert [one.measure.name for one in found.measures] == ["m"]
+    assert [one.measure.name for one in found.controls] == ["training robust loss", "weight norm", "norm"]
+    control = found.controls[-1].with_target(GAP_LOSS)
+    assert control.tau.excludes_zero(1)
+    assert (control.verdict, control.worst_axis) == (None, None)

@@ -115,8 +115,9 @@ class Shown:
 class Found:
     """One measure: what it is called, what came out, and how.
 
-    sign: +1 where more means sharper, -1 where more means flatter. note: why it is not, or only partly, measured.
-    starts: of a maximum, what was found from each start; how far they differ says how far the search is to be trusted.
+    sign: +1 where more means sharper, -1 where more means flatter, 0 where it means neither. note: why it is not, or
+    only partly, measured. starts: of a maximum, what was found from each start; how far they differ says how far the
+    search is to be trusted.
     """
 
     name: str
@@ -314,12 +315,12 @@ def _gradients(shown: Shown) -> list[Found]:
 def _norms(shown: Shown) -> list[Found]:
     words = "weights of more than one dimension"
     found = [
-        Found("weight norm", weight_norm(shown.model), EXACT, "weights", words),
-        Found("sum of log norms", log_norms(shown.model), EXACT, "log weights", f"by layer, {words}"),
+        Found("weight norm", weight_norm(shown.model), EXACT, "weights", words, sign=0),
+        Found("sum of log norms", log_norms(shown.model), EXACT, "log weights", f"by layer, {words}", sign=0),
     ]
     if shown.initial is not None:
         far = distance(shown.model, shown.initial())
-        found.append(Found("distance from the start", far, EXACT, "weights", f"‖w − w₀‖₂, {words}"))
+        found.append(Found("distance from the start", far, EXACT, "weights", f"‖w − w₀‖₂, {words}", sign=0))
     return found
 
 

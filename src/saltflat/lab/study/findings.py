@@ -45,10 +45,10 @@ from saltflat.lab.study.table import (
 LEAST = 5  # runs, or settings
 WITH = ("", *TARGETS, TRAIN_LOSS, WEIGHT_NORM)  # columns whose taus are taken together, the measure first
 LEAST_ARRANGEMENTS = 100  # fewer permutations of runs than this, and p says little
-CONTROL_MEASURES = (  # their sign is not looked at
-    Measure("training robust loss", "nats", "", 1),
-    Measure("weight norm", "", "", 1),
-)
+CONTROL_MEASURES = {
+    TRAIN_LOSS: Measure("training robust loss", "nats", "", 0),
+    WEIGHT_NORM: Measure("weight norm", "", "", 0),
+}
 
 
 class Verdict(StrEnum):
@@ -127,7 +127,7 @@ class Findings:
     incomplete: tuple[str, ...]  # without a target, or without a control that is conditioned on
     floor: float
     measures: tuple[Finding, ...]
-    controls: tuple[Finding, ...]  # robust training loss and weight norm in a measure's place
+    controls: tuple[Finding, ...]  # robust training loss, weight norm and other norms in a measure's place
     resamples: int
     permutations: int
     seed: int
@@ -157,10 +157,10 @@ def findings(table: Table, *, resamples: int = 2000, permutations: int = 2000, s
         undertrained=tuple(model.name for model in measured if table.undertrained(model)),
         incomplete=tuple(model.name for model in table.models if not _complete(model)),
         floor=table.floor,
-        measures=tuple(finding("measures", measure.name, measure) for measure in table.measures),
-        controls=tuple(
-            finding("controls", name, measure)
-            for name, measure in zip((TRAIN_LOSS, WEIGHT_NORM), CONTROL_MEASURES, strict=True)
+        measures=tuple(finding("measures", measure.name, measure) for measure in table.measures if measure.sign),
+        controls=(
+            *(finding("controls", name, measure) for name, measure in CONTROL_MEASURES.items()),
+            *(finding("measures", measure.name, measure) for measure in table.measures if not measure.sign),
         ),
         resamples=resamples,
         permutations=permutations,
@@ -228,7 +228,7 @@ def _finding(
     def association(target: str, y: Array, p: float) -> Association:
         axes = granulated([model.axes for model in models], x, y)
         tau, given = taus.of(target), taus.given(target, TRAIN_LOSS)
-        expected = part == "measures" and target != NEGATIVE
+        expected = measure.sign != 0 and target != NEGATIVE
         least = worst(axes, measure.sign) if expected else None
         wide = taus_by_setting.of(target)
         return Association(

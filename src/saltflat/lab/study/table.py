@@ -28,7 +28,9 @@ TRAIN_LOSS, TRAIN_ACCURACY, WEIGHT_NORM = CONTROLS = ("train_robust_loss", "trai
 
 @dataclass(frozen=True)
 class Measure:
-    """A measure of flatness; `sign`: +1 if more of it should go with a larger gap (sharpness), −1 if less (a width)."""
+    """A measure of flatness. `sign`: +1 if more of it should go with a larger gap (sharpness), −1 if less (a width), 0
+    for what is no flatness but has to be beaten by it (a norm): a control.
+    """
 
     name: str
     unit: str
@@ -36,8 +38,8 @@ class Measure:
     sign: int
 
     def __post_init__(self) -> None:
-        if self.sign not in (-1, 1):
-            raise ValueError(f"sign: expected +1 or -1 for measure {self.name!r}, got {self.sign!r}")
+        if self.sign not in (-1, 0, 1):
+            raise ValueError(f"sign: expected +1, -1 or 0 for measure {self.name!r}, got {self.sign!r}")
 
 
 @dataclass(frozen=True)

@@ -50,8 +50,8 @@ def association_table(found: Findings) -> Numbers:
             "bootstrap resamples of runs and, where they are by setting, of whole settings (models that agree in all "
             f"axes but the seed; {found.settings} in all). Runs of one setting with different seeds count as "
             "independent in the former and in p, so that intervals are narrow for claims about settings. p: two-sided, "
-            f"{found.permutations} permutations of runs. Seed of all draws: {found.seed}. The last two are controls in "
-            "a measure's place; with the gap in loss, training robust loss has an association by definition, and a "
+            f"{found.permutations} permutations of runs. Seed of all draws: {found.seed}. The last ones are controls "
+            "in a measure's place; with the gap in loss, training robust loss has an association by definition, and a "
             "control given itself is 0. No sign is expected of controls, nor of test robust accuracy: they have no "
             "sign error and no verdict."
         ),
@@ -135,7 +135,7 @@ def measure_table(found: Findings) -> Numbers:
             "",
             (
                 Cell(measure.unit or MISSING),
-                Cell("+" if measure.sign > 0 else "−"),
+                Cell({1: "+", -1: "−", 0: "control"}[measure.sign]),
                 Cell(str(finding.models)),
                 Cell(str(finding.runs)),
                 Cell(str(finding.missing)),

@@ -182,7 +182,7 @@ def _with_the_negative_control(finding: Finding) -> bool:
 
 
 def _confounder(found: Findings) -> Sentence:
-    loss, norm = (one.with_target(GAP_LOSS).tau for one in found.controls)
+    loss, norm, *_ = (one.with_target(GAP_LOSS).tau for one in found.controls)
     if not math.isfinite(loss.low):
         return Sentence("")
     return Sentence(
