@@ -30,8 +30,7 @@ def test_a_quadratic_tolerates_the_square_root_of_twice_the_threshold_over_the_t
     exact = math.sqrt(2 * 0.1 / (model.hessian.diagonal() * scale(model)).sum().item())
     found = [tolerated_noise(model, lambda: total(model.losses), draw, draws=30, seed=seed) for seed in range(20)]
     z = torch.tensor([(one.value - exact) / one.standard_error for one in found])
-    assert (z.abs() > 3).sum() <= 1
-    assert (z.abs() < 4).all()
+    assert (z.abs() < 3).all()
     assert 0.4 < z.square().mean() < 2
     assert all(0 < one.standard_error < 0.2 * exact for one in found)
 

@@ -134,10 +134,10 @@ def test_the_sketch_is_let_go_of_when_its_basis_is_known():
 def test_a_network_s_layers_have_the_traces_of_the_dense_blocks():
     model, (x, y) = convolutional().eval(), batch()
     operator, dense = hessian(model, frozen(model, x, y, None, batch_size=5)), dense_cross_entropy(model, x, y)
-    found = [layer_traces(operator, 10, seed) for seed in range(6)]
+    found = [layer_traces(operator, 100, seed) for seed in range(20)]
     for name, rows in operator.layers.items():
         deviations = [standardised(layers[name], dense[rows, rows].trace().item()) for layers in found]
-        assert sum(abs(z) < 3 for z in deviations) >= 5
+        assert max(abs(z) for z in deviations) < 3
     assert abs(standardised(trace(operator, 60), dense.trace().item())) < 3
 
 
