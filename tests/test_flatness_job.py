@@ -14,7 +14,7 @@ from saltflat.lab import flatness as job
 from saltflat.lab import measures
 from saltflat.lab.config import BadInput
 from saltflat.lab.flatness import flatness
-from saltflat.lab.measures import MEASURES, Found, How, Shown
+from saltflat.lab.measures import MEASURES, Found, How, Shown, Spectrum
 from saltflat.lab.subjects import Subject
 from saltflat.lab.threat import Threat
 
@@ -141,6 +141,27 @@ def test_the_share_of_negative_eigenvalues_is_not_that_of_rounding():
     given = replace(given, model=nn.Sequential(nn.Flatten(), nn.Linear(108, 3)), x=given.x.float())
     (found,) = MEASURES["density"](given)
     assert found.value == 0.0
+
+
+def test_a_density_s_atoms_are_on_record_and_give_its_value(tmp_path):
+    """And no other measure has any."""
+    how = replace(HOW, probes=12)
+    *others, row = flatness(subject(tmp_path), ("norms", "density"), how)["measures"]
+    assert [each["spectrum"] for each in others] == [None] * len(others)
+    (path,) = (tmp_path / "flatness").iterdir()
+    assert json.loads(path.read_text())["measures"][-1] == row
+    nodes, weights = (torch.tensor(row["spectrum"][part], dtype=torch.float64) for part in ("nodes", "weights"))
+    assert nodes.shape == weights.shape == (3, 4)
+    torch.testing.assert_close(weights.sum(1), torch.ones(3, dtype=torch.float64))
+    below = torch.where(nodes < -1e-4 * nodes.abs().max(), weights, 0)
+    assert row["value"] == pytest.approx(below.sum(1).mean().item())
+
+
+def test_a_spectrum_that_is_not_finite_is_null(tmp_path, monkeypatch):
+    found = Found("share", 0.5, 0.1, "of 1", "all", spectrum=Spectrum(((math.nan, 1.0),), ((0.5, 0.5),)))
+    monkeypatch.setattr(job, "MEASURES", {"broken": lambda given: [found]})
+    (row,) = flatness(subject(tmp_path), ("broken",), HOW)["measures"]
+    assert row["spectrum"] is None
 
 
 def test_a_half_width_is_censored_side_by_side(monkeypatch):

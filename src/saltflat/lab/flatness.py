@@ -10,6 +10,7 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, fields
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from saltflat.evaluation.suite import prepared
 from saltflat.lab import record
 from saltflat.lab.config import BadInput
 from saltflat.lab.console import CONSOLE, progress, say
-from saltflat.lab.measures import MEASURES, Found, How, Shown
+from saltflat.lab.measures import MEASURES, Found, How, Shown, Spectrum
 from saltflat.lab.subjects import Subject, place, up_to
 
 
@@ -88,12 +89,19 @@ def _are_rows(rows: Any) -> bool:
 
 def _row(found: Found) -> dict[str, Any]:
     """As JSON, which knows no NaN and no infinity: what is not finite is null, and the note says so."""
-    row = asdict(found) | {"starts": [value if math.isfinite(value) else None for value in found.starts]}
+    starts = [value if math.isfinite(value) else None for value in found.starts]
+    row = asdict(found) | {"starts": starts, "spectrum": _atoms(found.spectrum)}
     for name in ("value", "standard_error"):
         row[name] = row[name] if math.isfinite(row[name]) else None
     if row["value"] is None:
         row["note"] = f"{found.value:g}".replace("nan", "not a number") + (f"; {found.note}" if found.note else "")
     return row
+
+
+def _atoms(spectrum: Spectrum | None) -> dict[str, list[list[float]]] | None:
+    if spectrum is None or not all(map(math.isfinite, chain(*spectrum.nodes, *spectrum.weights))):
+        return None
+    return {"nodes": list(map(list, spectrum.nodes)), "weights": list(map(list, spectrum.weights))}
 
 
 def show(of: Subject, summary: dict[str, Any]) -> None:

@@ -112,12 +112,20 @@ class Shown:
 
 
 @dataclass(frozen=True)
+class Spectrum:
+    """Eigenvalues as atoms: `nodes` of mass `weights`, which sum to 1 in each run; a row of each for every run."""
+
+    nodes: tuple[tuple[float, ...], ...]
+    weights: tuple[tuple[float, ...], ...]
+
+
+@dataclass(frozen=True)
 class Found:
     """One measure: what it is called, what came out, and how.
 
     sign: +1 where more means sharper, -1 where more means flatter, 0 where it means neither. note: why it is not, or
     only partly, measured. starts: of a maximum, what was found from each start; how far they differ says how far the
-    search is to be trusted.
+    search is to be trusted. spectrum: what a density of eigenvalues was made of, in nats / weight².
     """
 
     name: str
@@ -128,6 +136,7 @@ class Found:
     sign: int = 1
     note: str = ""
     starts: tuple[float, ...] = ()
+    spectrum: Spectrum | None = None
 
 
 def _average(shown: Shown) -> list[Found]:
@@ -298,7 +307,12 @@ def _density(shown: Shown) -> list[Found]:
         f"below −{share:g} of the largest; stochastic Lanczos quadrature, {runs} runs of {how.probes // runs} products"
     )
     settings = f"{words}; examples attacked once, at w"
-    return [_estimated("share of negative Hessian eigenvalues", negative, "of 1", settings)]
+    spectrum = Spectrum(_rows(density.nodes), _rows(density.weights))
+    return [replace(_estimated("share of negative Hessian eigenvalues", negative, "of 1", settings), spectrum=spectrum)]
+
+
+def _rows(table: Tensor) -> tuple[tuple[float, ...], ...]:
+    return tuple(tuple(row) for row in table.tolist())
 
 
 def _gradients(shown: Shown) -> list[Found]:

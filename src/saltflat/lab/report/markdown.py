@@ -10,6 +10,7 @@ from saltflat.lab.report.lines import line_plates
 from saltflat.lab.report.planes import plane_plates
 from saltflat.lab.report.plates import Plate, curves_plate
 from saltflat.lab.report.runs import read_run
+from saltflat.lab.report.spectra import spectrum_plates
 from saltflat.lab.report.statistics import Group, grouped
 from saltflat.lab.report.tables import Table, accuracy_table, outcome_table, seeds_table
 from saltflat.lab.report.words import headline
@@ -30,7 +31,7 @@ def brief(runs: Sequence[Path], pictures: str) -> str:
     The plate is that of the last landscape along lines, or the learning curves if there is none.
     """
     groups = _groups(runs)
-    plates = [named for named in _plates(groups) if not named[0].startswith("plane")][-1:]
+    plates = [named for named in _plates(groups) if not named[0].startswith(("plane", "spectrum"))][-1:]
     first = [shown(dict(list(_panels(*named).items())[:2]), named[1].caption, f"{pictures}/") for named in plates]
     return "\n\n".join([*first, _sentences(groups), as_markdown(accuracy_table(groups))])
 
@@ -67,7 +68,8 @@ def _plates(groups: Sequence[Group]) -> list[tuple[str, Plate]]:
     curves = curves_plate(groups)
     named = [("curves", curves)] if curves else []
     named += [(f"landscape-{index}", plate) for index, plate in enumerate(line_plates(groups))]
-    return named + [(f"plane-{index}", plane.plate) for index, plane in enumerate(plane_plates(groups))]
+    named += [(f"plane-{index}", plane.plate) for index, plane in enumerate(plane_plates(groups))]
+    return named + [(f"spectrum-{index}", plate) for index, plate in enumerate(spectrum_plates(groups))]
 
 
 def _panels(name: str, plate: Plate) -> dict[str, str]:

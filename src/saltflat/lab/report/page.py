@@ -23,6 +23,7 @@ from saltflat.lab.report.planes import plane_plates
 from saltflat.lab.report.plates import curves_plate
 from saltflat.lab.report.runs import Run, read_run
 from saltflat.lab.report.settings import configuration, environments
+from saltflat.lab.report.spectra import spectrum_plates
 from saltflat.lab.report.statistics import Group, grouped, runs_of
 from saltflat.lab.report.tables import accuracy_table, cost_table, outcome_table, seeds_table
 from saltflat.lab.report.words import headline
@@ -67,6 +68,7 @@ def render(runs: Sequence[Run], *, title: str | None = None) -> str:
         script=script,
         policy=_policy(script),
         flatness=flatness_table(groups),
+        spectra=spectrum_plates(groups),
         cost=cost_table(groups),
         configuration=configuration(groups),
         environments=environments(groups),

@@ -32,6 +32,8 @@ Part = TypeVar("Part")
 
 # JSON has no nan, so a writer may have put null in its place.
 Number = Annotated[float, Strict(), BeforeValidator(lambda value: math.nan if value is None else value)]
+Eigenvalue = Annotated[float, Strict(), Field(ge=-1e100, le=1e100)]  # finite, and so are differences and squares
+Mass = Annotated[float, Strict(), Field(ge=0.0, allow_inf_nan=False)]
 Rows = Annotated[dict[str, str], BeforeValidator(lambda tree: flattened(tree or {}))]
 
 
@@ -105,11 +107,26 @@ class Outcome:
 
 
 @dataclass(frozen=True)
+class Spectrum:
+    """Eigenvalues as atoms, in nats / weight²: `nodes` of mass `weights`, a row of equally many for every run."""
+
+    nodes: tuple[tuple[Eigenvalue, ...], ...]
+    weights: tuple[tuple[Mass, ...], ...]
+
+    def __post_init__(self) -> None:
+        lengths = {len(run) for run in (*self.nodes, *self.weights)}
+        if len(self.nodes) != len(self.weights) or len(lengths) != 1 or 0 in lengths:
+            raise ValueError("nodes and weights do not fit")
+        if not all(math.isclose(math.fsum(run), 1.0, rel_tol=1e-6) for run in self.weights):
+            raise ValueError("the weights of every run sum to 1")
+
+
+@dataclass(frozen=True)
 class Measure:
     """One measure of flatness; the standard error is that of the measurement itself, from images and draws.
 
     `starts`: of a maximum, the rise that was found from each start of the search; how far they differ says how far it
-    is to be trusted. `note`: why it was not, or only partly, measured.
+    is to be trusted. `note`: why it was not, or only partly, measured. `spectrum`: what a density was made of.
     """
 
     name: str
@@ -120,6 +137,7 @@ class Measure:
     seconds: Number = math.nan
     starts: tuple[Number, ...] = ()
     note: str | None = None
+    spectrum: Spectrum | None = None
 
 
 @dataclass(frozen=True)

@@ -43,7 +43,7 @@ def _read(record: Path) -> tuple[Table, Findings]:
 
 
 def _sentences(found: Findings) -> str:
-    return "\n".join(f"- {sentence.claim} {sentence.evidence}".rstrip() for sentence in headline(found))
+    return "\n".join(f"- {' '.join(filter(None, (one.claim, one.evidence)))}" for one in headline(found))
 
 
 def _plates(table: Table, found: Findings) -> list[tuple[dict[str, str], Plate]]:
