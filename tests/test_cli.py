@@ -405,6 +405,12 @@ def test_a_plane_and_flatness_end_on_the_page(trained, tmp_path, capsys):
     assert '<script type="application/json"' in page
 
 
+def test_the_path_of_a_checkpoint_stands_for_its_run(trained, tmp_path):
+    path = trained[0] / "checkpoints" / "best.safetensors"
+    run("landscape", path, "--points", "3", "--examples", "20", "--steps", "1", "--out", tmp_path / "page.html")
+    assert any((trained[0] / "landscapes").glob("best-test-*.json"))
+
+
 def test_landscapes_and_flatness_of_what_cannot_be_measured_are_refused(trained, tmp_path, capsys):
     other = tmp_path / "other"
     run("train", "at", *QUICK, "--model.width", "5", "--out", other)

@@ -164,6 +164,28 @@ def test_a_spectrum_that_is_not_finite_is_null(tmp_path, monkeypatch):
     assert row["spectrum"] is None
 
 
+def test_curvature_that_is_not_finite_is_a_note_and_no_end(monkeypatch):
+    def broken(*arguments, **settings):
+        raise FloatingPointError("operator: products are not finite: nan")
+
+    names = [each.name for each in MEASURES["curvature"](shown())]
+    for name in ("top_eigenvalues", "spectral_density"):
+        monkeypatch.setattr(measures, name, broken)
+    found = MEASURES["curvature"](shown()) + MEASURES["density"](shown())
+    assert [each.name for each in found] == [*names, "share of negative Hessian eigenvalues"]
+    assert all(math.isnan(each.value) for each in found)
+    assert "not finite" in found[0].note
+
+
+def test_a_finished_file_that_is_damaged_is_not_believed(tmp_path):
+    of = subject(tmp_path)
+    flatness(of, ("norms",), HOW)
+    (path,) = (tmp_path / "flatness").iterdir()
+    path.write_text("{}")
+    with pytest.raises(BadInput, match="delete it to begin anew"):
+        flatness(of, ("norms",), HOW)
+
+
 def test_a_half_width_is_censored_side_by_side(monkeypatch):
     """One side reaches the rise at 0.3, the other nowhere: (0.3 + 1) / 2."""
     given = shown(directions=1)

@@ -166,6 +166,29 @@ def test_a_preview_is_said_when_the_coarse_grid_is_done(tmp_path, capsys):
     assert "3 of 11 points, robust loss from" in capsys.readouterr().out
 
 
+def test_a_part_without_one_of_its_arrays_is_not_gone_on_from(tmp_path, monkeypatch):
+    of = subject(tmp_path)
+    with monkeypatch.context() as patch:
+        interrupted_after(2, landscapes._measure, patch)
+        with pytest.raises(Stop):
+            line(of, ALPHAS, 1, HOW)
+    (part,) = (tmp_path / "landscapes").iterdir()
+    with np.load(part) as read:
+        kept = {name: read[name] for name in read.files if name != "clean_loss"}
+    with open(part, "wb") as file:
+        np.savez(file, **kept)
+    with pytest.raises(BadInput, match="delete it to begin anew"):
+        line(of, ALPHAS, 1, HOW)
+
+
+def test_a_coarse_grid_of_a_plane_is_coarse_both_ways(tmp_path, monkeypatch):
+    interrupted_after(4, landscapes._measure, monkeypatch)
+    with pytest.raises(Stop):
+        plane(subject(tmp_path), symmetric(1, 7), symmetric(1, 7), HOW)
+    (part,) = (tmp_path / "landscapes").iterdir()
+    assert np.flatnonzero(np.load(part)["done"]).tolist() == [0, 5, 35, 40]
+
+
 def test_a_plane_has_its_line_in_it(tmp_path):
     of = subject(tmp_path)
     grid = symmetric(0.5, 5)

@@ -136,6 +136,11 @@ def test_axes_that_do_not_vary_are_left_out_of_the_table():
     assert [model.axes for model in table.models] == [{"seed": 0, "awp.gamma": 0.0}, {"seed": 0, "awp.gamma": 0.1}]
 
 
+def test_an_axis_that_only_some_models_have_varies():
+    rows = [Row(Model(str(i), str(i), "at", each, {}, {}, {})) for i, each in enumerate([{"seed": 0}, {"awp": True}])]
+    assert [model.axes for model in tabled(Asked("t", [], PLAN, 0.0), rows).models] == [{"seed": 0}, {"awp": True}]
+
+
 def test_a_study_of_runs_ends_with_its_page(runs, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(gap, "SMALL", PLAN)
     words = ("study", "gap", *runs, "--checkpoints", "best", "last", "--out", tmp_path / "study", "--workers", "1")
@@ -160,7 +165,7 @@ def test_a_study_of_runs_ends_with_its_page(runs, tmp_path, monkeypatch, capsys)
 
 def test_other_runs_of_the_same_names_are_another_study(runs, tmp_path, monkeypatch):
     monkeypatch.setattr(gap, "SMALL", PLAN)
-    gap._claim(tmp_path / "study", gap.of_runs(runs, ("last",), None, None))
+    gap._claim(gap.of_runs(runs, ("last",), None, None), tmp_path / "study")
     shutil.copytree(runs[0].parent, tmp_path / "copies")
     others = gap.of_runs([tmp_path / "copies" / run.name for run in runs], ("last",), None, None)
     with pytest.raises(BadInput, match="holds another study"):
@@ -168,8 +173,13 @@ def test_other_runs_of_the_same_names_are_another_study(runs, tmp_path, monkeypa
 
 
 def test_one_study_a_folder_at_a_time(tmp_path):
-    with record.alone(tmp_path / "study"), pytest.raises(BadInput, match="another process is at work"):
+    lock = tmp_path / "study" / "study.lock"
+    with record.alone(lock), pytest.raises(BadInput, match="another process is at work"):
         gap.study(asked(tmp_path / "study"), tmp_path / "study", 1)
+    assert not lock.exists()
+    lock.write_text("")  # of one that was killed
+    with record.alone(lock):
+        assert lock.exists()
 
 
 def listed(folder, **entry):
@@ -221,6 +231,15 @@ def test_a_listing_that_cannot_be_used_is_refused_in_one_line(tmp_path, entry, w
     assert not (tmp_path / "study").exists()
 
 
+def test_a_model_of_others_that_cannot_be_used_is_found_before_any_work(tmp_path):
+    (good,) = listed(tmp_path)
+    good.source.check()
+    for entry, why in (({"network": "small-cnn-5"}, "model: "), ({"mean": [0.1, 0.2]}, "model: ")):
+        (task,) = listed(tmp_path, **entry)
+        with pytest.raises(BadInput, match=why):
+            task.source.check()
+
+
 @pytest.mark.parametrize(("text", "why"), [("a: b", "expected a list"), ("{", "cannot read"), ("- [1]", "model 1")])
 def test_a_file_that_is_no_listing_is_refused(tmp_path, text, why):
     (tmp_path / "models.yaml").write_text(text)
@@ -246,7 +265,13 @@ def test_what_is_asked_is_checked_before_any_work(runs, tmp_path, capsys):
     assert "at least two models, got 1" in refused(runs[0])
     assert "expected different names, got 'at' twice" in refused(runs[0], runs[0])
     assert "checkpoints: expected each once" in refused(*runs, "--checkpoints", "last", "last")
-    assert "recipes: go with a preset" in refused(*runs, "--recipes", "at")
+    assert "recipes: expected none here" in refused(*runs, "--recipes", "at")
+    assert "checkpoints: expected none here" in refused("--preset", "small", "--checkpoints", "best")
+    assert "device: expected auto or one of cpu" in refused(*runs, "--device", "cuda:7", "--workers", "1")
+    broken = tmp_path / "broken"
+    shutil.copytree(runs[0], broken)
+    (broken / "checkpoints" / "last.safetensors").write_bytes(b"cut")
+    assert "is not a whole safetensors file" in refused(runs[1], broken)
     assert "data.path" in refused("--preset", "paper")
     assert "data.path" in refused("--preset", "paper", "--data-path", tmp_path / "file")
     assert "out: expected a folder" in refused(*runs, out=tmp_path / "file")

@@ -1,6 +1,7 @@
 """`saltflat study process`: which epochs are looked at, and what is found of them."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -77,6 +78,16 @@ def test_what_is_found_is_what_the_records_say_and_is_read_again(kept, tmp_path)
     process.study(kept, PLAN, tmp_path, 1, None, "auto")
     assert json.loads((tmp_path / "process.json").read_text()) == found
     assert {path: path.stat().st_mtime_ns for path in (kept / "gaps").iterdir()} == stamps
+
+
+def test_what_the_run_lacks_is_said_before_any_work(kept, tmp_path):
+    shutil.copytree(kept, tmp_path / "run", ignore=shutil.ignore_patterns("gaps", "landscapes", "flatness"))
+    lines = record.read_metrics(kept)
+    del lines[2]["learning_rate"]
+    (tmp_path / "run" / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with pytest.raises(BadInput, match="expected learning_rate in every line"):
+        process.study(tmp_path / "run", PLAN, tmp_path / "out", 1, None, "auto")
+    assert not (tmp_path / "run" / "gaps").exists()
 
 
 def test_a_run_without_kept_epochs_is_refused_in_one_line(tmp_path, capsys):

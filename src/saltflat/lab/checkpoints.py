@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -38,6 +38,15 @@ def load_weights(path: Path, model: nn.Module) -> None:
         raise BadInput(f"checkpoint: {path} is not a whole safetensors file: {error}") from None
     _check_fit(found, model, path)
     model.load_state_dict(found)
+
+
+def check_whole(path: Path) -> None:
+    """BadInput if its header cannot be read; weights are not."""
+    try:
+        with safe_open(path, "pt") as file:
+            file.keys()
+    except (SafetensorError, OSError) as error:
+        raise BadInput(f"checkpoint: {path} is not a whole safetensors file: {error}") from None
 
 
 def _check_fit(found: Mapping[str, Tensor], model: nn.Module, path: Path) -> None:

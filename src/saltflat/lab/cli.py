@@ -268,7 +268,6 @@ def landscape(
     def job() -> None:
         from saltflat.lab import console, landscapes, subjects
 
-        console.page_of(runs, out)
         alphas = landscapes.symmetric(reach, points)
         how = landscapes.How(
             split, examples, steps, batch_size, seed, direction, normalisation, own_loss=own_loss, frozen=frozen
@@ -276,6 +275,7 @@ def landscape(
         opened = [
             subjects.from_run(run, checkpoint, device, None, data_path) for run in runs
         ]  # all are looked at before the first is measured
+        console.page_of([of.folder for of in opened], out)
         landscapes.check_alike(opened)
         for of in opened:
             began = time.perf_counter()
@@ -347,10 +347,10 @@ def flatness(
         from saltflat.lab import flatness as flat
         from saltflat.lab.measures import How
 
-        console.page_of(runs, out)
         flat.check(measures)
         how = How(split, examples, batch_size, steps, seed, draws, climbs, restarts, directions, probes)
         opened = [subjects.from_run(run, checkpoint, device, None, data_path) for run in runs]
+        console.page_of([of.folder for of in opened], out)
         for of in opened:
             flat.show(of, flat.flatness(of, measures, how))
         console.report([of.folder for of in opened], out)
@@ -364,7 +364,7 @@ def gap(
     preset: Literal["small", "paper"] | None = None,
     recipes: tuple[str, ...] = (),
     listing: Path | None = None,
-    checkpoints: Annotated[tuple[str, ...], Field(min_length=1)] = ("last",),
+    checkpoints: tuple[str, ...] = (),
     floor: Annotated[float, Field(ge=0, le=100)] | None = None,
     data_path: Path | None = None,
     device: str | None = None,
@@ -381,11 +381,13 @@ def gap(
             hyper-parameters, days on a GPU.
         recipes: beside a preset: further recipes by name, each trained with every seed.
         listing: a YAML file that lists checkpoints of others: for each, name, file, network, data, data_path, eps, and
-            where needed mean, std, key, norm, step_size, cluster, axes.
-        checkpoints: beside runs: which of each (best, last, epoch-N); those of one run count as one in the bootstrap.
+            where needed mean, std, key, norm, step_size, cluster, axes. Paths are seen from the current folder; a
+            network module:factory is code that is run.
+        checkpoints: beside runs: which of each (best, last, epoch-N), default last; in the bootstrap those of one run
+            stay together.
         floor: training robust accuracy in percent below which a model is undertrained, and left out of the main result;
             default the preset's, or 0.
-        data_path: where the data are.
+        data_path: beside a preset or runs: where the data are.
         device: auto, cpu, cuda, or cuda:N; default the preset's, or auto.
         out: folder of the study; default studies/gap-PRESET, or studies/gap.
         workers: processes side by side; 0 takes one a core, or one for a GPU.
@@ -394,20 +396,27 @@ def gap(
     given = [name for name, value in (("runs", runs), ("preset", preset), ("listing", listing)) if value]
     if len(given) != 1:
         raise BadInput(f"preset: expected one of runs, a preset or a listing, got {' and '.join(given) or 'none'}")
-    if recipes and preset is None:
-        raise BadInput(f"recipes: go with a preset, got {recipes[0]!r}")
+    for name, value, fits in (
+        ("recipes", recipes, preset is not None),
+        ("checkpoints", checkpoints, bool(runs)),
+        ("data_path", data_path, listing is None),
+    ):
+        if value and not fits:
+            raise BadInput(f"{name}: expected none here (see --help), got {value}")
 
     def job() -> None:
         from saltflat.lab import build
         from saltflat.lab.study import gap, grid
 
+        build.device(device or grid.device(preset))
+        sys.path.insert(0, "")  # a listing's module:factory may lie in the current folder, as for `python -m`
         folder = out or Path("studies") / (f"gap-{preset}" if preset else "gap")
         if preset is not None:
             asked = gap.of_preset(preset, recipes, folder, data_path, device)
         elif listing is not None:
             asked = gap.of_files(listing, folder, device)
         else:
-            asked = gap.of_runs(runs, checkpoints, data_path, device)
+            asked = gap.of_runs(runs, checkpoints or ("last",), data_path, device)
         if floor is not None:
             asked = replace(asked, floor=floor)
         if dry:
@@ -459,6 +468,7 @@ def process(
         from saltflat.lab.measures import How
         from saltflat.lab.study import process
 
+        build.device(device)
         plan = process.Plan(
             reach,
             points,

@@ -20,7 +20,7 @@ from saltflat.evaluation.suite import prepared
 from saltflat.lab import record
 from saltflat.lab.config import BadInput
 from saltflat.lab.console import CONSOLE, progress, say
-from saltflat.lab.measures import MEASURES, Found, How, Shown, Spectrum
+from saltflat.lab.measures import DEFINITIONS, MEASURES, Found, How, Shown, Spectrum
 from saltflat.lab.subjects import Subject, place, up_to
 
 
@@ -35,6 +35,7 @@ def flatness(of: Subject, names: Sequence[str], how: How) -> dict[str, Any]:
         "sha256": of.sha256,
         "split": how.split,
         "n": len(y),
+        "definitions": DEFINITIONS,
         "settings": {
             "attack": f"{of.threat.pgd_in_words(how.steps)}, starts per example",
             "batch_norm": "eval mode",
@@ -44,7 +45,12 @@ def flatness(of: Subject, names: Sequence[str], how: How) -> dict[str, Any]:
     }
     path = place(of, "flatness", how.split, {**asked, "measures": list(names)})
     if path.is_file():
-        return record.read_again(path)
+        return _read_whole(path)
+    with record.alone(path.with_suffix(".lock")):
+        return _measured(of, shown, names, asked, path)
+
+
+def _measured(of: Subject, shown: Shown, names: Sequence[str], asked: dict[str, Any], path: Path) -> dict[str, Any]:
     part = path.with_suffix(".part")
     done = _read(part, names) if part.is_file() else {}
     if done:
@@ -72,6 +78,13 @@ def check(names: Sequence[str]) -> None:
         raise BadInput(f"measures: expected any of {', '.join(MEASURES)}, got {strange[0]!r}")
     if repeated := [name for i, name in enumerate(names) if name in names[:i]]:
         raise BadInput(f"measures: expected each once, got {repeated[0]!r} again")
+
+
+def _read_whole(path: Path) -> dict[str, Any]:
+    found = record.read_again(path)
+    if not _are_rows(found.get("measures")):
+        raise BadInput(f"flatness: {path} is no whole measurement; delete it to begin anew")
+    return found
 
 
 def _read(part: Path, names: Sequence[str]) -> dict[str, list[dict[str, Any]]]:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -64,6 +65,13 @@ def robust_gap(of: Subject, how: How) -> dict[str, Any]:
     path = place(of, "gaps", "both", asked)
     if path.is_file():
         return record.read_again(path)
+    with record.alone(path.with_suffix(".lock")):
+        return _found(of, asked, parts, how, path)
+
+
+def _found(
+    of: Subject, asked: dict[str, Any], parts: dict[str, tuple[Tensor, Tensor]], how: How, path: Path
+) -> dict[str, Any]:
     train, test = ({"n": len(y)} | _measured(of, x, y, how) for x, y in parts.values())
     found = {
         **asked,

@@ -116,7 +116,7 @@ def plane(of: Subject, alphas: Sequence[float], betas: Sequence[float], how: How
         return record.read_again(path)
     points = [(how.seed, (alpha, beta)) for alpha in alphas for beta in betas]
     directions = [_direction(shown, how.direction, how.seed), _direction(shown, "random", how.seed + 1)]
-    arrays = _measured(shown, [Group(lambda: directions, [place for _, place in points])], path)
+    arrays = _measured(shown, [Group(lambda: directions, [place for _, place in points], len(betas))], path)
     means = _means(arrays, (len(alphas), len(betas)))
     gaps = [
         {"alpha": point[0], "beta": point[1], "why": why}
@@ -201,7 +201,8 @@ def _asked(shown: Shown, grid: Mapping[str, Any]) -> dict[str, Any]:
 def _measured(shown: Shown, groups: Sequence[Group], path: Path) -> Arrays:
     label = f"landscape of {shown.of.folder.absolute().name}"
     measure, to = _measure(shown), path.with_suffix(".npz")
-    return measured(shown.of.model, groups, measure, examples=len(shown.x), path=to, label=label)
+    with record.alone(path.with_suffix(".lock")):
+        return measured(shown.of.model, groups, measure, examples=len(shown.x), path=to, label=label)
 
 
 def _direction(shown: Shown, kind: Direction, seed: int) -> dict[str, Tensor]:

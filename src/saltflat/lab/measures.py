@@ -38,6 +38,8 @@ from saltflat.landscape.worst_case import Worst, keskar_sharpness, worst_case
 from saltflat.weights import Closure
 
 EXACT = 0.0  # standard error of what has no draws
+NOTHING = Estimate(math.nan, math.nan, 0)
+DEFINITIONS = 1  # raised when a measure changes what it is, so that earlier records are not read as if they were equal
 
 
 @dataclass(frozen=True)
@@ -246,7 +248,7 @@ def _slices(shown: Shown) -> list[Found]:
     words = (
         f"{points} α in [−{reach:g}, {reach:g}], {how.directions} random filter-normalised directions, attacked afresh"
     )
-    areas = [area(alphas, np.where(np.isfinite(g), g, np.nan)) for g in curves]
+    areas = [area(alphas, g) for g in curves]
     sides = np.array([widths(alphas, g, threshold) for g in curves])
     beyond = int((sides > reach).sum())
     half_widths = np.minimum(sides, reach).mean(1)  # censored, or the flattest models would have no number
@@ -267,19 +269,23 @@ def _slices(shown: Shown) -> list[Found]:
 def _curvature(shown: Shown) -> list[Found]:
     how, operator = shown.how, hessian(shown.model, shown.frozen())
     shared = f"examples attacked once, at w; {len(operator.layers)} weights of more than one dimension"
-    top = top_eigenvalues(operator, 1, steps=how.probes, tolerance=1e-3, seed=how.seed)
-    whole = trace(operator, how.probes, how.seed)
-    traces = layer_traces(operator, how.probes, how.seed)
+    try:
+        top = top_eigenvalues(operator, 1, steps=how.probes, tolerance=1e-3, seed=how.seed)
+        largest = Estimate(top.values[0].item(), top.residuals[0].item(), top.steps)
+        note = "" if top.converged else "not converged to 1e-3"
+        whole, traces = trace(operator, how.probes, how.seed), layer_traces(operator, how.probes, how.seed)
+    except FloatingPointError as error:
+        largest = whole = NOTHING
+        traces, note = dict.fromkeys(operator.layers, NOTHING), str(error)
     index = weight_curvature(shown.model, traces)
     unit = "nats / weight²"
     found = [
-        Found(
+        _estimated(
             "largest Hessian eigenvalue",
-            top.values[0].item(),
-            top.residuals[0].item(),
+            largest,
             unit,
             f"Lanczos, at most {how.probes} products, the error is the residual; {shared}",
-            note="" if top.converged else "not converged to 1e-3",
+            note=note,
         ),
         _estimated("Hessian trace", whole, unit, f"Hutch++, {how.probes} products; {shared}"),
         _estimated(
@@ -300,15 +306,18 @@ def _curvature(shown: Shown) -> list[Found]:
 def _density(shown: Shown) -> list[Found]:
     how, operator = shown.how, hessian(shown.model, shown.frozen())
     runs, share = 3, 1e-4
-    density = spectral_density(operator, how.probes // runs, runs, how.seed)
-    least = share * density.nodes.abs().max().item()  # nearer to 0 than that, their sign is rounding
-    negative = mean(torch.where(density.nodes < -least, density.weights, 0).sum(1))
     words = (
         f"below −{share:g} of the largest; stochastic Lanczos quadrature, {runs} runs of {how.probes // runs} products"
     )
-    settings = f"{words}; examples attacked once, at w"
+    name, unit, settings = "share of negative Hessian eigenvalues", "of 1", f"{words}; examples attacked once, at w"
+    try:
+        density = spectral_density(operator, how.probes // runs, runs, how.seed)
+    except FloatingPointError as error:
+        return [_estimated(name, NOTHING, unit, settings, note=str(error))]
+    least = share * density.nodes.abs().max().item()  # nearer to 0 than that, their sign is rounding
+    negative = mean(torch.where(density.nodes < -least, density.weights, 0).sum(1))
     spectrum = Spectrum(_rows(density.nodes), _rows(density.weights))
-    return [replace(_estimated("share of negative Hessian eigenvalues", negative, "of 1", settings), spectrum=spectrum)]
+    return [replace(_estimated(name, negative, unit, settings), spectrum=spectrum)]
 
 
 def _rows(table: Tensor) -> tuple[tuple[float, ...], ...]:

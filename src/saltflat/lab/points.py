@@ -31,10 +31,14 @@ OFTEN = 1.0  # seconds between two writes of what is done
 
 @dataclass(frozen=True, eq=False)
 class Group:
-    """Places along the same directions, which are made when the first of them is measured."""
+    """Places along the same directions, which are made when the first of them is measured.
+
+    width: how many in a row differ in the last coordinate alone; the coarse grid is coarse in both.
+    """
 
     directions: Callable[[], Sequence[Weights]]
     places: Sequence[Point]
+    width: int = 1
 
 
 def measured(
@@ -64,11 +68,13 @@ def measured(
         task, first = bar.add_task(label, total=points, completed=done.sum()), 0
         try:
             for group in groups:
-                coarse, fine = _ordered(len(group.places), done[first : first + len(group.places)])
+                coarse, fine = _ordered(group, done[first : first + len(group.places)])
                 left = coarse + fine
                 at = [group.places[place] for place in left]
                 along = over(model, group.directions(), at, measure) if left else ()
                 for place, (_, found) in zip(left, along, strict=True):
+                    if done.any() and arrays.keys() - {"done"} != found.keys():
+                        raise BadInput(f"landscapes: {part} is of another measurement; delete it to begin anew")
                     for name, values in found.items():
                         arrays.setdefault(name, np.zeros((points, len(values)), values.dtype))[first + place] = values
                     done[first + place] = True
@@ -86,23 +92,30 @@ def measured(
     return arrays
 
 
-def _ordered(n: int, done: NDArray[np.bool_]) -> tuple[list[int], list[int]]:
+def _ordered(group: Group, done: NDArray[np.bool_]) -> tuple[list[int], list[int]]:
     """What is left to be measured: places of a coarse grid, and then the others."""
-    left = [place for place in range(n) if not done[place]]
-    return [place for place in left if place % COARSE == 0], [place for place in left if place % COARSE]
+    coarse: list[int] = []
+    fine: list[int] = []
+    for place in np.flatnonzero(~done).tolist():
+        row, column = divmod(place, group.width)
+        (fine if row % COARSE or column % COARSE else coarse).append(place)
+    return coarse, fine
 
 
 def _preview(label: str, arrays: Arrays) -> str:
     done = arrays["done"]
     means = arrays["robust_loss"][done].mean(1, dtype=np.float64)
-    return f"{label}: {done.sum()} of {len(done)} points, robust loss from {means.min():.3f} to {means.max():.3f} nats"
+    finite = means[np.isfinite(means)]
+    found = f"robust loss from {finite.min():.3f} to {finite.max():.3f} nats" if finite.size else "no finite loss"
+    return f"{label}: {done.sum()} of {len(done)} points, {found}"
 
 
 def _read(part: Path, points: int, examples: int) -> Arrays:
     try:
         with open(part, "rb") as file, np.load(file, allow_pickle=False) as read:
             arrays = {name: read[name] for name in read.files}
-        if arrays["done"].shape != (points,) or arrays["robust_loss"].shape != (points, examples):
+        done = arrays["done"]
+        if done.shape != (points,) or done.dtype != bool or arrays["robust_loss"].shape != (points, examples):
             raise ValueError("its shapes are of another measurement")
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         raise BadInput(f"landscapes: cannot go on from {part} ({error}); delete it to begin anew") from None

@@ -70,7 +70,7 @@ def append_metrics(folder: Path, metrics: dict[str, Any]) -> None:
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
     """All whole lines, up to one that was cut when the run was killed."""
     path, found = folder / "metrics.jsonl", []
-    for line in path.read_text().splitlines() if path.exists() else []:
+    for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
         try:
             metrics = json.loads(line)
         except json.JSONDecodeError:
@@ -95,22 +95,41 @@ def check_folder(field: str, folder: Path) -> None:
 
 
 @contextmanager
-def alone(folder: Path) -> Iterator[None]:
-    """BadInput if another process is in such a block for the same folder. Where the system has no such locks, nobody is
-    kept out.
+def alone(lock: Path) -> Iterator[None]:
+    """BadInput if another process is in such a block for the same file, which is there as long as the block. Where the
+    system has no such locks, nobody is kept out.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "w") as file:
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    handle = _locked(lock)
+    try:
+        yield
+    finally:
+        lock.unlink(missing_ok=True)  # before the lock goes, or it would be the next one's
+        os.close(handle)
+
+
+def _locked(lock: Path) -> int:
+    while True:
+        handle = os.open(lock, os.O_RDWR | os.O_CREAT)
         try:
             import fcntl
+
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if _is(lock, handle):
+                return handle
         except ImportError:
-            yield
-            return
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return handle
         except OSError:
-            raise BadInput(f"out: another process is at work in {folder}") from None
-        yield
+            os.close(handle)
+            raise BadInput(f"out: another process is at work on {lock.with_suffix('')}") from None
+        os.close(handle)  # it was the file of somebody who has just left
+
+
+def _is(path: Path, handle: int) -> bool:
+    try:
+        return os.path.samestat(path.stat(), os.fstat(handle))
+    except FileNotFoundError:
+        return False
 
 
 @contextmanager

@@ -78,7 +78,7 @@ def spectral_density(operator: Operator, steps: int, runs: int, seed: int = 0) -
 
     Returns: a `Density`. Where a start's Krylov space is exhausted early, the nodes that are left weigh nothing.
 
-    Raises: ValueError for fewer than 1 step or run, or products that are not finite.
+    Raises: ValueError for fewer than 1 step or run; FloatingPointError for products that are not finite.
 
     >>> d = torch.tensor([1.0, 2.0, 2.0, 2.0], dtype=torch.float64)
     >>> found = spectral_density(Operator(lambda v: d * v, {"w": slice(0, 4)}, d.dtype, d.device), steps=2, runs=1)

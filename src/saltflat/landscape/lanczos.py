@@ -106,7 +106,7 @@ def top_eigenvalues(
     Multiplicities cost: each Krylov space shows one copy, and one more space has to show that there is no other. With
     too few steps, `converged` is False, and the largest values are lower bounds.
 
-    Raises: ValueError for numbers out of range, or products that are not finite.
+    Raises: ValueError for numbers out of range; FloatingPointError for products that are not finite.
 
     >>> d = torch.tensor([5.0, 1.0, 5.0, -2.0, 0.0], dtype=torch.float64)
     >>> found = top_eigenvalues(Operator(lambda v: d * v, {"w": slice(0, 5)}, d.dtype, d.device), 3, smallest=1)
@@ -202,7 +202,7 @@ def tridiagonalised(
         ahead = _orthogonal(image, (*locked, *basis))
         alpha[j], beta[j] = (q @ image).item(), ahead.norm().item()
         if not (math.isfinite(alpha[j]) and math.isfinite(beta[j])):
-            raise ValueError(f"operator: expected finite products, got <q, A q> = {alpha[j]} at step {j + 1}")
+            raise FloatingPointError(f"operator: products are not finite: <q, A q> = {alpha[j]} at step {j + 1}")
         scale = max(abs(number) for number in alpha[: j + 1] + beta[: j + 1])
         if beta[j] <= 10 * torch.finfo(operator.dtype).eps * scale:  # nothing but rounding
             beta[j] = 0.0

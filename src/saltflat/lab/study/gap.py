@@ -95,8 +95,8 @@ def of_files(path: Path, out: Path, device: str | None) -> Asked:
 def study(asked: Asked, out: Path, workers: int) -> None:
     """Train, measure, and write the page; what is there already is read."""
     _check(asked, out)
-    with record.alone(out):
-        _claim(out, asked)
+    with record.alone(out / "study.lock"):
+        _claim(asked, out)
         began = time.perf_counter()
         found = side_by_side(rows, {task.name: task for task in asked.tasks}, workers, out / "logs", in_words)
         table = tabled(asked, [row for each in found.values() for row in each])
@@ -107,7 +107,7 @@ def study(asked: Asked, out: Path, workers: int) -> None:
 
 
 def _check(asked: Asked, out: Path) -> None:
-    """All that can be wrong is found here, before anything is written or trained."""
+    """All that can be seen to be wrong without training or measuring is found here, before anything is written."""
     record.check_folder("out", out)
     if len(asked.models) < 2:
         raise BadInput(f"runs: expected at least two models, got {len(asked.models)}")
@@ -118,15 +118,15 @@ def _check(asked: Asked, out: Path) -> None:
         task.source.check()
     for read in dict(task.source.reads() for task in asked.tasks).values():
         read()
-    path = out / "study.json"
-    if path.is_file() and record.read_again(path) != _question(asked):
-        raise BadInput(f"out: {out} holds another study; choose another folder")
 
 
-def _claim(out: Path, asked: Asked) -> None:
+def _claim(asked: Asked, out: Path) -> None:
     """The folder is this study's: written down at its first call, and compared at every other."""
-    if not (out / "study.json").is_file():
-        record.write_json(out / "study.json", _question(asked))
+    path = out / "study.json"
+    if not path.is_file():
+        record.write_json(path, _question(asked))
+    elif record.read_again(path) != _question(asked):
+        raise BadInput(f"out: {out} holds another study; choose another folder")
 
 
 def _question(asked: Asked) -> dict[str, Any]:
@@ -158,11 +158,8 @@ def tabled(asked: Asked, found: Sequence[Row]) -> Table:
 
 
 def _varying(models: Sequence[Model]) -> list[Model]:
-    values: dict[str, set[str]] = {}
-    for model in models:
-        for name, value in model.axes.items():
-            values.setdefault(name, set()).add(repr(value))
-    kept = {name for name, found in values.items() if len(found) > 1 or name == "seed"}
+    names = {name for model in models for name in model.axes}
+    kept = {name for name in names if len({repr(model.axes.get(name, ...)) for model in models}) > 1 or name == "seed"}
     return [replace(model, axes={n: _text(v) for n, v in model.axes.items() if n in kept}) for model in models]
 
 

@@ -7,21 +7,21 @@ so that a run is trained once.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 from saltflat.lab import build, record
+from saltflat.lab.checkpoints import check_whole
 from saltflat.lab.config import BadInput, Train
 from saltflat.lab.flatness import flatness
 from saltflat.lab.gaps import How as GapHow
 from saltflat.lab.gaps import robust_gap
 from saltflat.lab.measures import How
 from saltflat.lab.study import grid
-from saltflat.lab.study.table import Measure, Model
+from saltflat.lab.study.table import Measure, Model, number
 from saltflat.lab.subjects import Foreign, Subject, check_sides, from_file, from_run
 from saltflat.lab.threat import Threat
 from saltflat.lab.trainings import made
@@ -105,8 +105,10 @@ class Existing:
     def check(self) -> None:
         record.read_config(self.folder)
         for checkpoint in self.checkpoints:
-            if not (self.folder / "checkpoints" / f"{checkpoint}.safetensors").is_file():
+            file = self.folder / "checkpoints" / f"{checkpoint}.safetensors"
+            if not file.is_file():
                 raise BadInput(f"runs: expected a checkpoint {checkpoint!r} in {self.folder}, found none")
+            check_whole(file)
 
     def reads(self) -> tuple[Hashable, Callable[[], object]]:
         config = record.read_config(self.folder)
@@ -144,6 +146,7 @@ class OfOthers:
     def check(self) -> None:
         if not self.file.is_file():
             raise BadInput(f"file: expected a checkpoint, got {str(self.file)!r}")
+        self.subject("")
 
     def reads(self) -> tuple[Hashable, Callable[[], object]]:
         return (self.about.data, self.about.data_path), partial(check_sides, self.about)
@@ -161,7 +164,9 @@ class OfOthers:
         return self.said
 
     def identity(self) -> Any:
-        return [str(self.file.absolute()), str(self.about), str(self.threat)]
+        path = self.about.data_path
+        about = {**asdict(self.about), "data_path": None if path is None else str(path.absolute())}
+        return [str(self.file.absolute()), about, asdict(self.threat)]
 
 
 @dataclass(frozen=True)
@@ -250,12 +255,8 @@ def _in_words(of: Model) -> str:
         return of.note
     return (
         f"robust train {of.controls['train_robust_accuracy']:.1f} %, test {of.targets['test_robust_accuracy']:.1f} %, "
-        f"gap {_number(of.targets['gap_loss']):.3f} nats"
+        f"gap {number(of.targets['gap_loss']):.3f} nats"
     )
-
-
-def _number(value: float | None) -> float:
-    return math.nan if value is None else value
 
 
 def _adequacy(gap: Mapping[str, Any]) -> str:

@@ -23,6 +23,7 @@ from saltflat.lab.gaps import robust_gap
 from saltflat.lab.measures import How
 from saltflat.lab.study import process_page
 from saltflat.lab.study.models import Existing
+from saltflat.lab.study.table import number
 from saltflat.lab.study.workers import side_by_side
 from saltflat.lab.trainings import drops
 
@@ -59,21 +60,23 @@ def study(run: Path, plan: Plan, out: Path, workers: int, data_path: Path | None
     source.check()
     source.reads()[1]()
     moments = {name: Moment(source, name, epoch, _role(config, epochs, epoch), plan) for epoch, name in names.items()}
-    with record.alone(out):
+    report = _begun(run, config, epochs, plan)
+    with record.alone(out / "process.lock"):
         found = side_by_side(_measured, moments, workers, out / "logs", _in_words)
-        sentences = process_page.write(_report(run, config, epochs, plan, found), out)
+        settings = next(iter(found.values()))["settings"]
+        points = [{key: value for key, value in point.items() if key != "settings"} for point in found.values()]
+        sentences = process_page.write({**report, "settings": settings, "points": points}, out)
     for sentence in sentences:
         say(f"{sentence.claim} {sentence.evidence}".strip())
     say(f"{len(found)} checkpoints; {out / 'process.html'}")
 
 
-def _report(
-    run: Path,
-    config: Train,
-    epochs: Sequence[Mapping[str, Any]],
-    plan: Plan,
-    found: Mapping[str, Mapping[str, Any]],
-) -> dict[str, Any]:
+def _begun(run: Path, config: Train, epochs: Sequence[Mapping[str, Any]], plan: Plan) -> dict[str, Any]:
+    """What is known of the run before anything is measured."""
+    needed = ("epoch", "learning_rate", "train", "test")
+    if lacking := [name for line in epochs for name in needed if name not in line]:
+        raise BadInput(f"run: expected {lacking[0]} in every line of {run / 'metrics.jsonl'}, found none in some")
+    measured = run / "evaluation.json"
     return {
         "run": run.absolute().name,
         "recipe": config.recipe,
@@ -81,8 +84,6 @@ def _report(
         "epochs": config.optimizer.epochs,
         "drops": drops(config),
         "alphas": landscapes.symmetric(plan.reach, plan.points),
-        "settings": next(iter(found.values()))["settings"],
-        "points": [{key: value for key, value in point.items() if key != "settings"} for point in found.values()],
         "trajectory": [
             {
                 "epoch": line["epoch"],
@@ -92,7 +93,7 @@ def _report(
             }
             for line in epochs
         ],
-        "evaluation": record.read_again(run / "evaluation.json"),
+        "evaluation": record.read_again(measured) if measured.is_file() else {},
     }
 
 
@@ -155,5 +156,5 @@ def _in_words(point: Mapping[str, Any]) -> str:
     return (
         f"epoch {point['epoch']}{': ' + point['role'] if point['role'] else ''}, robust train "
         f"{point['train']['robust_accuracy']:.1%}, test {point['test']['robust_accuracy']:.1%}, "
-        f"gap {point['gap']['loss']:.3f} nats"
+        f"gap {number(point['gap']['loss']):.3f} nats"
     )
