@@ -359,6 +359,17 @@ def test_what_is_no_table_is_refused(tmp_path: Path) -> None:
         Measure("m", "", "", 2)
 
 
+def test_where_a_supported_measure_turns_it_is_said_on_how_few_pairs() -> None:
+    table = grid({"m": "gap"})
+    found = analysed(table)
+    association = found.measures[0].with_target(GAP_LOSS)
+    axes = tuple(replace(axis, psi=-1.0, pairs=2) if axis.name == "examples" else axis for axis in association.axes)
+    turned = replace(association, axes=axes, worst_axis="examples", worst_sign_error=1.0)
+    others = tuple(one for one in found.measures[0].associations if one.target != GAP_LOSS)
+    finding = replace(found.measures[0], associations=(turned, *others))
+    assert "Where that error is largest: examples (2 pairs of models)." in said(replace(found, measures=(finding,)))
+
+
 def test_what_is_no_flatness_is_a_control_and_no_evidence() -> None:
     table = grid({"m": "gap", "norm": "gap"})
     m, norm = table.measures

@@ -120,7 +120,7 @@ def _evidence(verdict: Verdict, members: Sequence[Finding]) -> str:
     parts = [f"{'The strongest, ' if len(members) > 1 else ''}{members[0].measure.name}: {numbers(strongest)}."]
     if verdict is not Verdict.NONE:
         parts += [meaning(strongest.tau.value), _in_accuracy(verdict, members)]
-    return " ".join(parts + _reservations(verdict, members))
+    return " ".join(filter(None, [*parts, *_reservations(verdict, members), _worst_axes(verdict, members)]))
 
 
 def _in_accuracy(verdict: Verdict, members: Sequence[Finding]) -> str:
@@ -170,6 +170,16 @@ def _turned(finding: Finding) -> bool:
 
 def _turns(finding: Finding) -> bool:
     return finding.with_target(GAP_LOSS).worst_sign_error > 0.5
+
+
+def _worst_axes(verdict: Verdict, members: Sequence[Finding]) -> str:
+    """Along which hyper-parameters supported measures turn, and how few pairs of models say so."""
+    if verdict is not Verdict.SUPPORTED:
+        return ""
+    turned = [one.with_target(GAP_LOSS) for one in members if _turns(one)]
+    pairs = {axis.name: axis.pairs for one in turned for axis in one.axes if axis.name == one.worst_axis}
+    worst = [f"{name} ({counted(n, 'pair')} of models)" for name, n in pairs.items()]
+    return f"Where that error is largest: {_listed(worst)}." if worst else ""
 
 
 def _rests_on_one_method(finding: Finding) -> bool:
