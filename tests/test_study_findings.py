@@ -367,6 +367,7 @@ def test_where_a_supported_measure_turns_it_is_said_on_how_few_pairs() -> None:
     turned = replace(association, axes=axes, worst_axis="examples", worst_sign_error=1.0)
     others = tuple(one for one in found.measures[0].associations if one.target != GAP_LOSS)
     finding = replace(found.measures[0], associations=(turned, *others))
+    assert "Where that error" not in said(found)
     assert "Where that error is largest: examples (2 pairs of models)." in said(replace(found, measures=(finding,)))
 
 
