@@ -39,6 +39,7 @@ def runs(tmp_path_factory):
 def test_the_small_grid_is_as_promised():
     configs = grid.trainings(grid.SMALL)
     assert len(configs) >= 40
+    assert f"{len(configs)} models" in (Path(__file__).parent.parent / "README.md").read_text()
     axes = [grid.axes(checked(config)) for config in configs.values()]
     assert len({json.dumps(each) for each in axes}) == len(configs)  # all different
     varied = {name for each in axes for name, value in each.items() if value != axes[0][name]}
