@@ -46,7 +46,8 @@ def test_every_measure_has_a_unit_its_settings_and_draws_by_the_seed(name):
         assert math.isfinite(each.value)
         assert each.unit
         assert each.settings
-        assert each.sign in (-1, 1) or name == "norms"
+        assert each.sign in (-1, 0, 1)
+        assert (each.sign == 0) == (name == "norms")
     assert equal_states(state(given.model), before)
     assert all(parameter.grad is None for parameter in given.model.parameters())
     again = MEASURES[name](shown())
@@ -131,7 +132,7 @@ def test_a_maximum_says_what_each_start_found():
     for name in ("worst", "adaptive", "keskar"):
         for found in MEASURES[name](shown(restarts=2)):
             assert len(found.starts) == 3
-            assert found.value >= max(found.starts) or found.name != "Keskar's sharpness"
+            assert found.value >= max(found.starts) - 1e-12  # by batch, the sum of maxima; else the maximum itself
             assert found.note == ""
 
 

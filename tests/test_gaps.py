@@ -73,6 +73,15 @@ def test_what_was_measured_is_read_and_other_settings_have_a_file_of_their_own(t
     assert len(list((tmp_path / "gaps").iterdir())) == 2
 
 
+def test_a_finished_file_that_is_damaged_is_not_believed(tmp_path):
+    of = subject(tmp_path)
+    robust_gap(of, HOW)
+    (path,) = (tmp_path / "gaps").iterdir()
+    path.write_text("{}")
+    with pytest.raises(BadInput, match="it lacks n; delete it to begin anew"):
+        robust_gap(of, HOW)
+
+
 def test_more_examples_than_there_are_are_all(tmp_path):
     found = robust_gap(subject(tmp_path), How(train_examples=1000, test_examples=9, steps=1, checked_examples=2))
     assert found["n"] == {"train": 30, "test": 9}

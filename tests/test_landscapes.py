@@ -166,6 +166,16 @@ def test_a_preview_is_said_when_the_coarse_grid_is_done(tmp_path, capsys):
     assert "3 of 11 points, robust loss from" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("measured", [lambda of: line(of, ALPHAS, 1, HOW), lambda of: plane(of, ALPHAS, ALPHAS, HOW)])
+def test_a_finished_file_that_is_damaged_is_not_believed(tmp_path, measured):
+    of = subject(tmp_path)
+    measured(of)
+    (path,) = (tmp_path / "landscapes").glob("*.json")
+    path.write_text("{}")
+    with pytest.raises(BadInput, match="it lacks kind; delete it to begin anew"):
+        measured(of)
+
+
 def test_a_part_without_one_of_its_arrays_is_not_gone_on_from(tmp_path, monkeypatch):
     of = subject(tmp_path)
     with monkeypatch.context() as patch:

@@ -89,7 +89,7 @@ def line(of: Subject, alphas: Sequence[float], directions: int, how: How) -> dic
     asked = _asked(shown, {"kind": "line", "alphas": list(alphas)})
     path = place(of, "landscapes", how.split, {**asked, "directions": directions})
     if path.is_file():
-        return record.read_again(path)
+        return record.read_again(path, ("kind", "alphas", "curves", "gaps"))
     seeds = range(how.seed, how.seed + directions)
     points = [(seed, (alpha,)) for seed in seeds for alpha in alphas]
     groups = [Group(partial(_directions, shown, how.direction, seed), [(alpha,) for alpha in alphas]) for seed in seeds]
@@ -113,7 +113,7 @@ def plane(of: Subject, alphas: Sequence[float], betas: Sequence[float], how: How
     asked["settings"]["direction"] = f"{WORDS[how.direction]} (α), and {WORDS['random']} (β)"
     path = place(of, "landscapes", how.split, asked)
     if path.is_file():
-        return record.read_again(path)
+        return record.read_again(path, ("kind", "alphas", "betas", "robust_loss"))
     points = [(how.seed, (alpha, beta)) for alpha in alphas for beta in betas]
     directions = [_direction(shown, how.direction, how.seed), _direction(shown, "random", how.seed + 1)]
     arrays = _measured(shown, [Group(lambda: directions, [place for _, place in points], len(betas))], path)

@@ -21,7 +21,7 @@ import os
 import platform
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -164,14 +164,16 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     write_text(path, json.dumps(content, indent=1) + "\n")
 
 
-def read_again(path: Path) -> dict[str, Any]:
-    """A finding that is there already; BadInput if it is not whole."""
+def read_again(path: Path, needed: Sequence[str] = ()) -> dict[str, Any]:
+    """A finding that is there already; BadInput if it is not whole, or lacks one of the needed fields."""
     try:
         found = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise BadInput(f"{path.parent.name}: {path} is not a whole file ({error}); delete it to begin anew") from None
     if not isinstance(found, dict):
         raise BadInput(f"{path.parent.name}: {path}: expected named fields; delete it to begin anew")
+    if lacking := [name for name in needed if name not in found]:
+        raise BadInput(f"{path.parent.name}: {path} is not whole, it lacks {lacking[0]}; delete it to begin anew")
     return found
 
 
