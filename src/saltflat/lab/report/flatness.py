@@ -1,45 +1,25 @@
 """The table of flatness: a row per measure and way of measuring it, a column per group."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 from saltflat.lab.report.captions import settings_in_words
 from saltflat.lab.report.drawing import shortened
 from saltflat.lab.report.notation import MISSING, UNBROKEN, counted, decimal, places_for
+from saltflat.lab.report.questions import Answers, Question, answers
 from saltflat.lab.report.runs import Measure
 from saltflat.lab.report.statistics import Group, differing, finite
 from saltflat.lab.report.tables import Body, Cell, Column, Row, Table
 
 
-@dataclass(frozen=True)
-class _Asked:
-    """What must be equal for two numbers to stand in one row."""
-
-    name: str
-    unit: str
-    words: str
-    checkpoint: str
-    split: str
-    n: int
-    settings: tuple[tuple[str, str], ...]
-
-
 def flatness_table(groups: Sequence[Group]) -> Table:
     """Every measure of flatness, over the finished runs of every group."""
-    found: dict[_Asked, dict[Group, dict[int, Measure]]] = {}
-    for group in groups:
-        for run in group.finished:
-            for record in run.flatness:
-                place = (record.checkpoint, record.split, record.n, tuple(sorted(record.settings.items())))
-                for one in record.measures:
-                    asked = _Asked(one.name, one.unit, one.settings, *place)
-                    found.setdefault(asked, {}).setdefault(group, {}).setdefault(run.seed, one)
+    found = answers(groups)
     shown = [group for group in groups if any(group in by_group for by_group in found.values())]
     settings = [dict(asked.settings) for asked in found]
     apart = differing(settings)
     common = {key: value for key, value in (settings[0] if settings else {}).items() if key not in apart}
 
-    def body(asked: _Asked, by_group: Mapping[Group, Mapping[int, Measure]]) -> Body:
+    def body(asked: Question, by_group: Answers) -> Body:
         own = [f"{key}: {value}" for key, value in asked.settings if key in apart]
         detail = "; ".join(text for text in (asked.unit, asked.words, *own) if text)
         cells = [_cell(by_group.get(group, {}), len(group.finished)) for group in shown]
@@ -62,7 +42,7 @@ def flatness_table(groups: Sequence[Group]) -> Table:
     )
 
 
-def _caption(found: Mapping[_Asked, Mapping[Group, Mapping[int, Measure]]], common: Mapping[str, str]) -> str:
+def _caption(found: Mapping[Question, Answers], common: Mapping[str, str]) -> str:
     remarks = dict.fromkeys(
         f"{asked.name} ({one.note})"
         for asked, by_group in found.items()

@@ -23,7 +23,8 @@ from saltflat.lab.report.curves import Array, mean_and_deviation
 from saltflat.lab.report.drawing import DASHES, MUTED, colour, drawing, legend, panel, shortened, svg
 from saltflat.lab.report.notation import counted
 from saltflat.lab.report.plates import Plate
-from saltflat.lab.report.runs import Flatness, Measure, Spectrum
+from saltflat.lab.report.questions import Question, answers
+from saltflat.lab.report.runs import Spectrum
 from saltflat.lab.report.statistics import Group
 
 SHARE = 0.01  # of the largest |theta|, the Gaussian's standard deviation
@@ -36,20 +37,14 @@ RAISED = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 @dataclass(frozen=True)
 class _Asked:
-    """What must be equal for two densities to stand in one figure."""
+    """What must be equal for two densities to stand in one figure: the question, and the shape of its answer."""
 
-    name: str
-    unit: str
-    words: str
-    checkpoint: str
-    split: str
-    n: int
-    settings: tuple[tuple[str, str], ...]
+    question: Question
     runs: int
     products: int
 
 
-Answers = Mapping[Group, Mapping[int, Spectrum]]
+Spectra = Mapping[Group, Mapping[int, Spectrum]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,19 +65,13 @@ class GroupSpectrum:
 def spectrum_plates(groups: Sequence[Group]) -> list[Plate]:
     """One plate per question, with a curve per group; of two answers of a run to one question the first counts."""
     found: dict[_Asked, dict[Group, dict[int, Spectrum]]] = {}
-    for group in groups:
-        for run in group.finished:
-            for record in run.flatness:
-                for one in record.measures:
-                    if one.spectrum is not None:
-                        asked = _asked(record, one, one.spectrum)
-                        found.setdefault(asked, {}).setdefault(group, {}).setdefault(run.seed, one.spectrum)
-    return [_plate(asked, answers, f"spectrum-{index}") for index, (asked, answers) in enumerate(found.items())]
-
-
-def _asked(record: Flatness, one: Measure, spectrum: Spectrum) -> _Asked:
-    place = (record.checkpoint, record.split, record.n, tuple(sorted(record.settings.items())))
-    return _Asked(one.name, one.unit, one.settings, *place, len(spectrum.nodes), len(spectrum.nodes[0]))
+    for question, by_group in answers(groups).items():
+        for group, by_seed in by_group.items():
+            for seed, one in by_seed.items():
+                if one.spectrum is not None:
+                    asked = _Asked(question, len(one.spectrum.nodes), len(one.spectrum.nodes[0]))
+                    found.setdefault(asked, {}).setdefault(group, {})[seed] = one.spectrum
+    return [_plate(asked, spectra, f"spectrum-{index}") for index, (asked, spectra) in enumerate(found.items())]
 
 
 def smoothed(grid: Array, nodes: Array, weights: Array, width: float) -> Array:
@@ -188,13 +177,15 @@ def _number(value: float) -> str:
     return f"{value:.3g}".replace("-", "−")
 
 
-def _plate(asked: _Asked, answers: Answers, identity: str) -> Plate:
-    drawn = [_of_group(group, by_seed) for group, by_seed in answers.items()]
+def _plate(asked: _Asked, spectra: Spectra, identity: str) -> Plate:
+    drawn = [_of_group(group, by_seed) for group, by_seed in spectra.items()]
     width = f"{_number(width_for(drawn))} {UNIT}"
     picture = spectral_density(
         drawn, footnotes=_footnotes(asked, width), identity=identity, description=_description(drawn, width)
     )
-    return Plate((Markup(picture),), _caption(asked, answers, width), f"Weights: {shortened(asked.checkpoint, 80)}")
+    return Plate(
+        (Markup(picture),), _caption(asked, spectra, width), f"Weights: {shortened(asked.question.checkpoint, 80)}"
+    )
 
 
 def _of_group(group: Group, by_seed: Mapping[int, Spectrum]) -> GroupSpectrum:
@@ -205,11 +196,11 @@ def _of_group(group: Group, by_seed: Mapping[int, Spectrum]) -> GroupSpectrum:
 
 
 def _footnotes(asked: _Asked, width: str) -> list[str]:
-    settings = dict(asked.settings)
+    settings = dict(asked.question.settings)
     return [
         f"Gaussian of width {width}",
         f"{counted(asked.runs, 'run')} of {counted(asked.products, 'product')}",
-        f"n = {asked.n} {asked.split} images",
+        f"n = {asked.question.n} {asked.question.split} images",
         f"BatchNorm: {settings.get('batch_norm', UNKNOWN)}",
         settings.get("attack", f"attack {UNKNOWN}"),
     ]
@@ -220,19 +211,19 @@ def _description(drawn: Sequence[GroupSpectrum], width: str) -> str:
     return f"Spectral density of the Hessian, smoothed by a Gaussian of width {width}: {words}."
 
 
-def _caption(asked: _Asked, answers: Answers, width: str) -> str:
+def _caption(asked: _Asked, spectra: Spectra, width: str) -> str:
     counts = "; ".join(
         f"{group.name}: {counted(len(by_seed), 'seed')} × {counted(asked.runs, 'run')}"
-        for group, by_seed in answers.items()
+        for group, by_seed in spectra.items()
     )
-    runs = f"{counted(asked.runs, 'run')} of {counted(asked.products, 'product')}"
+    runs, question = f"{counted(asked.runs, 'run')} of {counted(asked.products, 'product')}", asked.question
     sentences = (
-        f"Density of the eigenvalues of the Hessian of the robust loss on n = {asked.n} {asked.split} images: Ritz "
+        f"Density of the eigenvalues of the Hessian of the robust loss on n = {question.n} {question.split} images: Ritz "
         f"values θ and their shares, from {runs}, smoothed by a Gaussian of standard deviation {width}, "
         f"{100 * SHARE:g} % of the largest θ in magnitude in the figure.",
         f"Line: mean over seeds and runs; band: standard error over all of them ({counts}). Ticks at the foot: the "
         "smallest and the largest θ of every run.",
-        f"Measured with the {asked.name}: {asked.words}." if asked.words else "",
-        f"Settings: {settings_in_words(dict(asked.settings), always=('attack', 'batch_norm'))}.",
+        f"Measured with the {question.name}: {question.words}." if question.words else "",
+        f"Settings: {settings_in_words(dict(question.settings), always=('attack', 'batch_norm'))}.",
     )
     return " ".join(sentence for sentence in sentences if sentence)
