@@ -218,8 +218,8 @@ def _caption(asked: _Asked, spectra: Spectra, width: str) -> str:
     )
     runs, question = f"{counted(asked.runs, 'run')} of {counted(asked.products, 'product')}", asked.question
     sentences = (
-        f"Density of the eigenvalues of the Hessian of the robust loss on n = {question.n} {question.split} images: Ritz "
-        f"values θ and their shares, from {runs}, smoothed by a Gaussian of standard deviation {width}, "
+        f"Density of the eigenvalues of the Hessian of the robust loss on n = {question.n} {question.split} images: "
+        f"Ritz values θ and their shares, from {runs}, smoothed by a Gaussian of standard deviation {width}, "
         f"{100 * SHARE:g} % of the largest θ in magnitude in the figure.",
         f"Line: mean over seeds and runs; band: standard error over all of them ({counts}). Ticks at the foot: the "
         "smallest and the largest θ of every run.",
