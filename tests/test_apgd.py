@@ -13,7 +13,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from saltflat import L1, L2, Linf, PerExample
 from saltflat.evaluation import APGD, TargetedAPGD, find
 from saltflat.evaluation.apgd import wrong_class
-from saltflat.objectives import ce, dlr, margin, targeted_dlr
+from saltflat.evaluation.ratios import dlr, targeted_dlr
+from saltflat.objectives import ce, margin
 
 NORMS = {Linf: "Linf", L2: "L2"}
 

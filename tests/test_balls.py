@@ -303,31 +303,6 @@ def test_linf_projection_with_a_box_is_the_nearest_point_of_the_intersection():
     )
 
 
-@pytest.mark.parametrize("box", [None, (0.0, 1.0), (-1.0, 0.5)])
-@pytest.mark.parametrize("radius", [0.05, 0.7, 3.0])
-def test_what_is_stretched_is_the_multiple_that_clamped_to_the_box_has_the_radius(box, radius):
-    """By bisection; where no multiple is long enough, all of them are clamped."""
-    ball, x = L2(radius, box), torch.rand(40, 3, 2, 2, dtype=torch.float64)
-    x = torch.where(torch.rand_like(x) < 0.3, x.round(), x)
-    x = x if box is None else x.clamp(*box)
-    u = torch.where(torch.rand_like(x) < 0.2, 0, torch.randn_like(x))
-    clamped = lambda s: s * u if box is None else (x + s * u).clamp(*box) - x
-    norm = lambda v: v.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
-    low, high = torch.zeros(40, 1, 1, 1).double(), torch.full((40, 1, 1, 1), 1e6).double()
-    for _ in range(100):
-        s = (low + high) / 2
-        low, high = torch.where(norm(clamped(s)) < radius, s, low), torch.where(norm(clamped(s)) < radius, high, s)
-    assert torch.allclose(ball.stretch(u, x), clamped(high), atol=1e-9)
-    assert torch.allclose(ball.stretch(1e-30 * u, x), clamped(high), atol=1e-9)
-
-
-def test_what_has_no_direction_is_not_stretched():
-    x = torch.rand(2, 3)
-    assert torch.equal(L2(0.5).stretch(torch.zeros(2, 3), x), torch.zeros(2, 3))
-    assert L2(0.5).stretch(torch.tensor([[torch.nan, 1.0, 0.0]]), x[:1]).tolist() == [[0.0, 0.0, 0.0]]
-    assert L2(0.5).stretch(x[:0], x[:0]).shape == (0, 3)
-
-
 def test_input_balls_draw_per_example():
     ids = torch.arange(4)
     x = torch.rand(4, 3, 2, 2)

@@ -312,9 +312,13 @@ def test_metrics_of_an_epoch_without_its_state_are_dropped(tmp_path):
     run("train", "at", *QUICK, "--out", tmp_path / "run")
     folder, whole = tmp_path / "run", (tmp_path / "run" / "checkpoints" / "last.safetensors").read_bytes()
     settings = record.read_config(folder)
-    ready = trainings._ready(settings)
+    ready = trainings._ready(settings, build.begun)
     training = fit(
-        ready.model, ready.sets.train, ready.sets.measured, build.plan(settings), build.optimizer(settings, ready.model)
+        ready.model,
+        ready.sets.train,
+        ready.sets.measured,
+        build.plan(settings, 10),
+        build.optimizer(settings, ready.model),
     )
     first = next(event for event in training if isinstance(event, Epoch))
     state = {**first.state, "config": trainings._identity(settings)}

@@ -1,7 +1,9 @@
 """Configs, recipes, run folders, checkpoints: plain data, checked before work, never half written."""
 
 import json
+from contextlib import ExitStack
 from dataclasses import fields, replace
+from unittest import mock
 
 import pytest
 import torch
@@ -11,18 +13,25 @@ from hypothesis import strategies as st
 from networks import equal_states, state
 from torch import nn
 
-from saltflat import AT, L2, MART, TRADES, Layerwise, Linf, Natural
-from saltflat.data import Images, crop_flip
+from saltflat import AT, L2, MART, TRADES, Box, Ellipsoid, Global, Layerwise, Linf, Natural, perturbed
+from saltflat.data import Images, crop_flip, to_float
 from saltflat.inputs import uniform, zero
-from saltflat.lab import build, checkpoints, record
+from saltflat.lab import adversaries, build, checkpoints, record
 from saltflat.lab.config import Awp, Data, Model, Train, as_text, checked, from_text, number, shown
 from saltflat.lab.recipes import RECIPES, described
+from saltflat.neighbours.adaptive_random_wp import adaptively_drawn, by_coordinate
+from saltflat.neighbours.kaggle import along_momentum
+from saltflat.neighbours.random_wp import Gaussian, drawn
+from saltflat.neighbours.robust_wp import accumulated
 from saltflat.train import Stepped, fit
 
 IMAGES = Images(torch.randint(0, 256, (16, 3, 8, 8), dtype=torch.uint8), torch.arange(16) % 10, 10, "noise")
 
 
 def with_path(config):
+    """With whatever files the recipe asks for."""
+    if config.extra.share:
+        config = replace(config, extra=replace(config.extra, path="extra.npz"))
     return config if config.data.name == "digits" else replace(config, data=replace(config.data, path="archive"))
 
 
@@ -44,7 +53,7 @@ def test_recipes_are_valid_and_survive_yaml(name):
     assert config.recipe == name
     assert from_text(as_text(config)) == config
     assert described(config).endswith(".")
-    build.plan(config)
+    build.plan(config, 10)
 
 
 def test_the_published_hyper_parameters():
@@ -76,12 +85,12 @@ def test_the_published_hyper_parameters():
 )
 def test_official_recipes_update_running_statistics_as_often_as_the_scripts(name, updates):
     config = checked(
-        replace(with_path(RECIPES[name]), model=Model("small-resnet", width=4), awp=Awp(gamma=0.01, step_inside=True))
+        replace(with_path(RECIPES[name]), model=Model("small-resnet", width=4), awp=Awp("awp", 0.01, step_inside=True))
     )
     model = build.network(config, IMAGES)
     next(
         event
-        for event in fit(model, IMAGES, {}, build.plan(config), build.optimizer(config, model))
+        for event in fit(model, IMAGES, {}, build.plan(config, 10), build.optimizer(config, model))
         if isinstance(event, Stepped)
     )
     counts = {buffer.item() for buffer_name, buffer in model.named_buffers() if "num_batches" in buffer_name}
@@ -102,6 +111,27 @@ BAD = {
     "model.depth": ({"model": {"name": "wide-resnet", "depth": 33}}, "expected 6 n"),
     "model.std": ({"model": {"mean": [0.5]}}, "expected as many numbers as model.mean"),
     "data.augment": ({"data": {"augment": "crop-flip"}}, "digits mean other things when mirrored"),
+    "extra.path": ({"extra": {"share": 0.5}}, "expected a file of labelled images for a share of 0.5, got none"),
+    "extra.share": ({"extra": {"path": "x.npz"}}, "expected a number > 0 for the images of extra.path, got 0"),
+    "data.label_smoothing": (
+        {"data": {"label_smoothing": 0.1}, "objective": {"name": "mart"}},
+        "mart needs classes, not probabilities",
+    ),
+    "data.mix": ({"data": {"mix": "cutmix"}, "objective": {"name": "mart"}}, "mart needs classes"),
+    "data.mix_alpha": ({"data": {"mix_alpha": 0.5}}, "expected 1 without data.mix, got 0.5"),
+    "awp.steps": ({"awp": {"method": "arwp", "gamma": 0.1, "steps": 2}}, "arwp has one, expected 1, got 2"),
+    "awp.step_size": ({"awp": {"method": "robust-wp", "step_size": 1}}, "robust-wp has none, expected 0, got 1"),
+    "awp.step_inside": ({"awp": {"method": "m-rwp", "step_inside": True}}, "m-rwp steps at w, expected false"),
+    "awp.share": ({"awp": {"share": 0.5, "step_inside": True}}, "expected 1 with awp.step_inside"),
+    "awp.increase": ({"awp": {"increase": 2.0}}, "awp has a gamma that stays, expected 0, got 2"),
+    "awp.c": ({"awp": {"c": 4.0}}, "belongs to awp.method robust-wp; expected 1.7 with awp, got 4"),
+    "awp.eta": ({"awp": {"eta": 4.0}}, "belongs to awp.method arwp"),
+    "awp.offset": ({"awp": {"method": "sam", "offset": 4.0}}, "belongs to awp.method asam; expected 0.01 with sam"),
+    "attack.replays": ({"attack": {"replays": 4}, "awp": {"share": 0.5}}, "expected 0 with awp.share"),
+    "attack.final_forward": ({"attack": {"replays": 4, "final_forward": True}}, "expected false with attack.replays"),
+    "model.activation": ({"model": {"activation": "silu"}}, "small-cnn has relu only, got 'silu'"),
+    "optimizer.nesterov": ({"optimizer": {"nesterov": True, "momentum": 0}}, "needs optimizer.momentum > 0"),
+    "optimizer.swa_from": ({"optimizer": {"swa_from": 0.5, "average": 0.9}}, "expected 0 beside optimizer.average"),
 }
 
 
@@ -222,7 +252,7 @@ def whole_state(model, **other):
         "random": torch.get_rng_state(),
         "random_cuda": None,
     }
-    return {**state, "step": 1, "epoch": 1, "best": 0.5, "config": "", **other}
+    return {**state, "memory": {}, "step": 1, "epoch": 1, "best": 0.5, "before": 0.5, "config": "", **other}
 
 
 def test_states_come_back_and_those_that_do_not_fit_are_refused(tmp_path):
@@ -267,16 +297,19 @@ WIRING = {
     "optimizer.clean_forward": ("after", lambda of: of.plan.clean_forward),
     "awp.gamma": (0.5, lambda of: of.plan.ball(0) == Layerwise(0.5)),
     "awp.warmup": (30, lambda of: of.plan.ball(0.49) is None and of.plan.ball(0.5) == Layerwise(0.01)),
-    "awp.steps": (3, lambda of: of.plan.steps == 3),
-    "awp.step_size": (0.5, lambda of: of.plan.step_size == 0.5),
-    "awp.alternations": (3, lambda of: of.plan.alternations == 3),
-    "awp.step_inside": (True, lambda of: of.plan.step_inside),
+    "awp.steps": (3, lambda of: of.step["steps"] == 3),
+    "awp.step_size": (0.5, lambda of: of.step["step_size"] == 0.5),
+    "awp.alternations": (3, lambda of: of.step["alternations"] == 3),
+    "awp.step_inside": (True, lambda of: of.step["step_inside"]),
+    "awp.share": (0.5, lambda of: of.step["share"] == 0.5),
+    "awp.truncated": (True, lambda of: not of.step["where"]("2.weight", LAST)),
     "attack.norm": ("L2", lambda of: isinstance(of.attack.ball, L2) and isinstance(of.plan.measure.ball, L2)),
     "attack.eps": (0.5, lambda of: of.attack.ball.radius == of.plan.measure.ball.radius == 0.5),
     "attack.step_size": (0.5, lambda of: of.attack.step_size == of.plan.measure.step_size == 0.5),
     "attack.steps": (7, lambda of: of.attack.steps == 7 and of.plan.measure.steps == 10),
     "attack.start": ("zero", lambda of: of.attack.start is zero and of.plan.measure.start is uniform),
-    "attack.mode": ("train", lambda of: of.plan.attack_mode == "train"),
+    "attack.mode": ("train", lambda of: of.step["attack_mode"] == "train"),
+    "attack.replays": (4, lambda of: of.step.get("replays") == 4),
     "attack.final_forward": (True, lambda of: isinstance(of.attack, build.FinalForwardToo)),
     "objective.name": ("trades", lambda of: of.plan.objective(0) == TRADES(6.0)),
     "objective.beta": (
@@ -289,15 +322,78 @@ WIRING = {
     "evaluation.batch_size": (7, lambda of: of.plan.measure_batch_size == 7),
     "seed": (7, lambda of: of.plan.seed == 7),
     "data.augment": ("crop-flip", lambda of: not torch.equal(of.augmented, IMAGES.images)),
+    "data.rotation": (15.0, lambda of: not torch.equal(of.augmented, IMAGES.images)),
+    "data.mix": ("mixup", lambda of: of.mixed[1].ndim == 2 and not torch.equal(of.mixed[0], of.x)),
+    "data.label_smoothing": (0.1, lambda of: of.mixed[1].ndim == 2 and torch.equal(of.mixed[0], of.x)),
+    "optimizer.swa_from": (0.5, lambda of: of.plan.swa_from == 0.5),
+    "optimizer.nesterov": (True, lambda of: of.group["nesterov"]),
+    "optimizer.decayed": ("weights", lambda of: of.groups[-1]["weight_decay"] == 0 < of.group["weight_decay"]),
 }
+# Fields of the neighbours, each beside the method that it belongs to
+OF_METHODS = {
+    "robust-wp": {
+        "": (None, lambda of: of.step["climb"] is accumulated and of.plan.ball(0) == Global(0.01, relative=True)),
+        "c": (0.5, lambda of: of.step["climbed"](None, None, None, None) == 0.0),
+    },
+    "random-wp": {
+        "": (None, lambda of: of.climb is drawn and of.plan.ball(1) == Gaussian(0.01)),
+        "increase": (1.0, lambda of: of.plan.ball(1) == Gaussian(0.02)),
+    },
+    "m-rwp": {"": (None, lambda of: "climb" not in of.step and of.plan.ball(0) == Gaussian(0.01))},
+    "arwp": {
+        "": (None, lambda of: of.climb is adaptively_drawn and of.step["climb"].keywords["memory"] is of.plan.memory),
+        "eta": (0.5, lambda of: of.step["climb"].keywords["eta"] == 0.5),
+        "beta": (0.5, lambda of: of.step["climb"].keywords["beta"] == 0.5),
+        "shrink": ("coordinate", lambda of: of.step["climb"].keywords["shrink"] is by_coordinate),
+    },
+    "sam": {"": (None, lambda of: of.climb is perturbed and of.plan.ball(0) == Global(0.01))},
+    "asam": {
+        "": (None, lambda of: of.climb is perturbed and of.plan.ball(0) == Ellipsoid(0.01, 0.01)),
+        "offset": (0.5, lambda of: of.plan.ball(0) == Ellipsoid(0.01, 0.5)),
+    },
+    "kaggle": {
+        "": (None, lambda of: of.plan.ball(0) == Box(0.01) and of.step["climb"].keywords["step"] == Layerwise(1.0)),
+        "step_size": (0.5, lambda of: of.step["climb"].keywords["step"] == Layerwise(0.5)),
+    },
+    "fast": {
+        "": (None, lambda of: of.climb is along_momentum and of.step["climb"].keywords["step"] == Layerwise(0.01)),
+        "step_size": (0.5, lambda of: of.step["climb"].keywords["step"] == Layerwise(0.5)),
+    },
+}
+LAST = nn.Parameter(torch.ones(2, 2))
+EVERYWHERE = {"random-wp", "m-rwp", "arwp", "sam", "asam"}
+
+
+class PerExample(AT):
+    """A loss of 1 for every example."""
+
+    def each(self, model, x, x_adv, y):
+        return torch.ones(3)
 
 
 class Built:
     def __init__(self, config):
-        self.config, self.plan = config, build.plan(config)
+        self.config, self.plan = config, build.plan(config, 10)
         self.attack = self.plan.attack(0)
-        self.group = build.optimizer(config, nn.Linear(2, 2)).param_groups[0]
+        self.groups = build.optimizer(config, nn.Linear(2, 2)).param_groups
+        self.group = self.groups[0]
         self.augmented = self.plan.augment(IMAGES.images, torch.Generator().manual_seed(0))
+        self.x = to_float(IMAGES.images)
+        self.mixed = self.plan.mix(self.x, IMAGES.labels, torch.Generator().manual_seed(0))
+        self.step = self.taken()
+        self.climb = getattr(self.step.get("climb"), "func", self.step.get("climb"))
+
+    def taken(self):
+        """The arguments that the plan's step gives to whichever function takes it."""
+        model = nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2))
+        with ExitStack() as patches:
+            called = [
+                patches.enter_context(mock.patch.object(adversaries, name))
+                for name in ("double_perturbation_step", "two_batch_step", "free_step")
+            ]
+            self.plan.step(model, None, None, optimizer=None, generator=None, objective=PerExample())
+        (found,) = [function.call_args.kwargs for function in called if function.called]
+        return found
 
 
 def with_field(config, field, value):
@@ -307,7 +403,7 @@ def with_field(config, field, value):
     return replace(config, **{section: replace(getattr(config, section), **{name: value})})
 
 
-PLAIN = Train(data=Data(name="parquet", path="x"), awp=Awp(gamma=0.01))
+PLAIN = Train(data=Data(name="parquet", path="x"), awp=Awp("awp", 0.01))
 
 
 @pytest.mark.parametrize("field", WIRING)
@@ -315,6 +411,16 @@ def test_every_field_reaches_what_it_is_about(field):
     value, holds = WIRING[field]
     assert not holds(Built(PLAIN))
     assert holds(Built(with_field(PLAIN, field, value)))
+
+
+@pytest.mark.parametrize(("method", "field"), [(of, field) for of, fields in OF_METHODS.items() for field in fields])
+def test_every_neighbour_s_field_reaches_what_it_is_about(method, field):
+    value, holds = OF_METHODS[method][field]
+    config = with_field(PLAIN, "awp.method", method)
+    assert not holds(Built(config if field else PLAIN))
+    found = Built(checked(with_field(config, f"awp.{field}", value) if field else config))
+    assert holds(found)
+    assert found.step["where"]("bias", nn.Parameter(torch.ones(2))) == (method in EVERYWHERE)
 
 
 def test_the_other_choices():
@@ -371,12 +477,20 @@ def test_input_normalisation_stands_in_the_network():
 
 FIELDS = {
     "": "recipe seed device threads keep_every",
-    "data": "name path examples validation_examples augment padding padding_mode",
-    "model": "name width depth widen_factor mean std",
+    "data": (
+        "name path examples validation_examples augment padding padding_mode rotation mix mix_alpha label_smoothing"
+    ),
+    "extra": "path share",
+    "model": "name width depth widen_factor mean std activation initial",
     "objective": "name beta",
-    "attack": "norm eps step_size steps start mode final_forward",
-    "awp": "gamma warmup steps step_size alternations step_inside",
-    "optimizer": "epochs batch_size learning_rate schedule warmup momentum weight_decay average clean_forward",
+    "attack": "norm eps step_size steps start mode replays final_forward",
+    "awp": (
+        "method gamma warmup steps step_size alternations step_inside share truncated c increase eta beta shrink offset"
+    ),
+    "optimizer": (
+        "epochs batch_size learning_rate schedule warmup momentum nesterov weight_decay decayed average swa_from "
+        "clean_forward"
+    ),
     "evaluation": "steps examples batch_size",
 }
 

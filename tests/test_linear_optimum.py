@@ -23,7 +23,8 @@ from saltflat.evaluation import (
     TargetedSparseAPGD,
     find,
 )
-from saltflat.objectives import dlr, margin
+from saltflat.evaluation.ratios import dlr
+from saltflat.objectives import margin
 
 D, ROWS = 12, 64
 

@@ -176,5 +176,5 @@ def test_parquet_refuses_images_that_are_no_struct(tmp_path: Path) -> None:
 def test_parquet_without_its_extra_gives_advice(module: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = pair(tmp_path, [GOOD_ROW], [GOOD_ROW])
     monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(ValueError, match=r"reading parquet needs the `data` extra: pip install 'saltflat\[data\]'"):
+    with pytest.raises(ValueError, match=r"(parquet|images) needs the `data` extra: pip install 'saltflat\[data\]'"):
         parquet(source)

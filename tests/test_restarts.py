@@ -7,6 +7,7 @@ from torch import nn
 
 from saltflat import FGSM, L1, L2, PGD, Linf, PerExample
 from saltflat.evaluation import Restarted, find
+from saltflat.evaluation.stretch import stretch
 from saltflat.inputs import gaussian, uniform, zero
 from saltflat.objectives import ce, margin
 
@@ -27,7 +28,7 @@ def iterates(pgd, f, x, generator):
 
 def looks(ball, x, x_adv):
     """The iterates of an ascent, and a last look where a box cuts an L2 ball."""
-    return [*x_adv, x + ball.stretch(x_adv[-1] - x, x)] if ball == L2(0.4) else x_adv
+    return [*x_adv, x + stretch(ball, x_adv[-1] - x, x)] if ball == L2(0.4) else x_adv
 
 
 @STARTS

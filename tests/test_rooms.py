@@ -14,7 +14,7 @@ SOURCE = Path(saltflat.__file__).parent
 ORDER = [
     "random", "balls", "objectives", "schedules", "models", "data", "inputs", "weights", "averaging", "parallel",
     "step",
-    "evaluation", "landscape", "train", "integrations", "lab",
+    "neighbours", "evaluation", "landscape", "train", "integrations", "lab",
 ]  # fmt: skip
 CORE = ["random", "balls", "objectives", "schedules", "inputs", "weights", "averaging", "step"]
 FILES = sorted(path for path in SOURCE.rglob("*.py") if path.parent != SOURCE or not path.name.startswith("__"))

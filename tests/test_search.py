@@ -25,9 +25,10 @@ from saltflat.evaluation import (
     find,
 )
 from saltflat.evaluation.lean import lean
+from saltflat.evaluation.ratios import dlr
 from saltflat.evaluation.search import feasible, keep
 from saltflat.inputs import gaussian
-from saltflat.objectives import dlr, margin
+from saltflat.objectives import margin
 
 BOXES = [None, (0.0, 1.0), (-1.0, 2.0)]
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]

@@ -6,9 +6,10 @@ from networks import batch, convolutional
 from torch import nn
 
 from saltflat import L1, PerExample
+from saltflat.evaluation.ratios import dlr, targeted_dlr
 from saltflat.evaluation.search import find
 from saltflat.evaluation.sparse_apgd import SparseAPGD, TargetedSparseAPGD
-from saltflat.objectives import ce, dlr, margin, targeted_dlr
+from saltflat.objectives import ce, margin
 
 
 def linear(a, bias):

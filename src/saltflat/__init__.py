@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from saltflat.averaging import ema as ema
+    from saltflat.averaging import swa as swa
     from saltflat.balls import L1 as L1
     from saltflat.balls import L2 as L2
     from saltflat.balls import Box as Box
@@ -38,7 +39,7 @@ _HOMES = {
     "objectives": ["Natural", "AT", "TRADES", "MART"],
     "inputs": ["FGSM", "PGD"],
     "weights": ["perturbed", "displaced", "gradient"],
-    "averaging": ["ema"],
+    "averaging": ["ema", "swa"],
     "step": ["double_perturbation_step", "in_mode"],
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}

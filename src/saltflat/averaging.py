@@ -1,15 +1,21 @@
 """Averages of weights over the steps of training.
 
     EMA: w_bar <- decay w_bar + (1 - decay) w after every step; the first call copies w
+    SWA: w_bar <- w_bar + (w - w_bar) / n after the n-th call
 
-(Izmailov et al., arXiv 1803.05407; in adversarial training: Gowal et al., arXiv 2010.03593, with decay 0.995.) Only
-parameters are averaged; buffers, BatchNorm's running statistics among them, are copied from the newest model.
+Only parameters are averaged; buffers, BatchNorm's running statistics among them, are copied from the newest model. For
+an average over much of a training those do not fit, and `reestimate_statistics` makes them anew.
+
+Sources: Izmailov et al., arXiv 1803.05407 (SWA); in adversarial training: Gowal et al., arXiv 2010.03593 (EMA, decay
+0.995), Chen et al., ICLR 2021 (SWA, "Robust Overfitting May Be Mitigated by Properly Learned Smoothening").
 """
 
 from __future__ import annotations
 
-from torch import nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from collections.abc import Iterable
+
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
 
 
 def ema(model: nn.Module, decay: float) -> AveragedModel:
@@ -29,3 +35,35 @@ def ema(model: nn.Module, decay: float) -> AveragedModel:
     if not 0 <= decay < 1:
         raise ValueError(f"decay: expected a number in [0, 1), got {decay!r}")
     return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay))  # type: ignore[no-untyped-call]
+
+
+def swa(model: nn.Module) -> AveragedModel:
+    """An average with equal weights of all that it is updated with: `average.update_parameters(model)`; the network is
+    `average.module`.
+
+    Args:
+        model: copied; not changed.
+
+    >>> model = nn.Linear(2, 1)
+    >>> average = swa(model)
+    >>> average.update_parameters(model)
+    >>> bool((average.module.weight == model.weight).all())
+    True
+    """
+    return AveragedModel(model)
+
+
+def reestimate_statistics(model: nn.Module, batches: Iterable[Tensor]) -> None:
+    """BatchNorm's running statistics become the means over these batches, by forwards in train mode (torch's
+    `update_bn`); every module keeps its own mode. A model without BatchNorm is not run.
+
+    >>> import torch
+    >>> norm = nn.BatchNorm1d(1)
+    >>> reestimate_statistics(norm, [torch.tensor([[1.0], [3.0]]), torch.tensor([[5.0], [7.0]])])
+    >>> norm.running_mean
+    tensor([4.])
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    update_bn(batches, model)
+    for module, training in modes:
+        module.training = training

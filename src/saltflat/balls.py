@@ -135,21 +135,6 @@ class L2:
         v = _shrink(_rows(displacement), self.radius)
         return _clamp_to_box(v.reshape(displacement.shape), centre, self.box)
 
-    def stretch(self, displacement: Tensor, centre: Tensor) -> Tensor:
-        """v = s u, clamped to the box, with the s for which ‖v‖_2 = radius: what `project` takes from a displacement u
-        that the box cuts goes to the numbers that have room. Everything clamped, where even that is shorter.
-
-        ‖v‖^2 = sum_i u_i^2 min(s^2, (room_i / u_i)^2), of which `level` finds s^2; in float64.
-
-        >>> L2(0.5).stretch(torch.tensor([[0.1, 0.1, 0.0]]), torch.tensor([[0.7, 0.3, 0.5]]))
-        tensor([[0.3000, 0.4000, 0.0000]])
-        """
-        u = _unit(_rows(displacement).double())
-        size = u.abs().clamp(min=torch.finfo(u.dtype).tiny)
-        room = _clamp_to_box(u.sign() * self.radius, _rows(centre).double(), self.box).abs()
-        s = level(u.square(), (room / size).square(), torch.full_like(u[:, :1], self.radius**2)).sqrt()
-        return room.minimum(size * s).mul(u.sign()).to(displacement.dtype).reshape(displacement.shape)
-
     def sample(self, centre: Tensor, generator: Generator = None, surface: bool = False) -> Tensor:
         """Uniform in the ball, or on the sphere; then clamped to the box."""
         v = _sample_rows(_rows(centre), generator, surface) * self.radius
@@ -472,26 +457,6 @@ def _lowered(rows: Tensor, caps: Tensor, limit: float) -> Tensor:
     k = (sums > limit).sum(1, keepdim=True).sub(1).clamp(min=0)  # the last above
     t = points.gather(1, k) + (sums.gather(1, k) - limit) / falling.gather(1, k).clamp(min=1)
     return (rows - t).clamp(min=0).minimum(caps)
-
-
-def level(u: Tensor, b: Tensor, c: Tensor) -> Tensor:
-    """h (..., 1) with sum_i u_i min(h, b_i) = c, for u, b (..., D) and c (..., 1), all >= 0; inf if c is more than all
-    of them give.
-
-    Newton's method: the sum is concave and linear in pieces, so that h only grows, and is exact when it stops. It takes
-    a handful of passes, where sorting b would take ten times as long.
-
-    >>> level(torch.tensor([[1.0, 2.0]]), torch.tensor([[9.0, 1.0]]), torch.tensor([[5.0]]))
-    tensor([[3.]])
-    """
-    given, h = torch.where(u > 0, u * b, 0), torch.zeros_like(c.expand(*b.shape[:-1], 1))
-    while True:
-        rest = (u * (b > h)).sum(-1, keepdim=True)
-        missing = c - (given * (b <= h)).sum(-1, keepdim=True)
-        higher = (missing / rest).fmax(h)  # inf, where nobody has room left; 0 / 0 is no number, and ignored
-        if not (higher > h).any():
-            return h
-        h = higher
 
 
 def _sample_rows(like: Tensor, generator: Generator, surface: bool) -> Tensor:

@@ -15,6 +15,9 @@ With z = model(x), z' = model(x'), p = softmax(z), p' = softmax(z'), y the label
                outer  mean BCE(z', y) + beta mean KL(p ‖ p') (1 - p_y)
                       BCE(z', y) = CE(z', y) - log(1 - max_{k != y} p'_k)
 
+Every `outer` here is the mean over the batch of `each(model, x, x_adv, y)`, one value per example, which is what a loss
+that looks at examples one by one (RobustWP's) asks for; an objective of your own needs it for that alone.
+
 Sources: Madry et al., arXiv 1706.06083 (AT); Zhang et al., arXiv 1901.08573 (TRADES); Wang et al., ICLR 2020 (MART).
 
 Only TRADES' `inner` freezes the clean logits; `outer` differentiates through everything, MART's weight (1 - p_y)
@@ -58,7 +61,7 @@ def ce(logits: Tensor, y: Tensor) -> Tensor:
     >>> ce(torch.zeros(1, 4), torch.tensor([2]))
     tensor([1.3863])
     """
-    return F.cross_entropy(_raised(logits), y if _hard(y) else y.to(_raised(logits).dtype), reduction="none")
+    return F.cross_entropy(raised(logits), y if _hard(y) else y.to(raised(logits).dtype), reduction="none")
 
 
 def kl(p_logits: Tensor, q_logits: Tensor) -> Tensor:
@@ -81,48 +84,13 @@ def margin(logits: Tensor, y: Tensor) -> Tensor:
     >>> margin(torch.tensor([[1.0, 3.0, 2.0]]), torch.tensor([1]))
     tensor([-1.])
     """
-    own = _classes(y, "margin")[:, None]
+    own = classes(y, "margin")[:, None]
     return logits.scatter(1, own, -torch.inf).amax(1) - logits.gather(1, own)[:, 0]
-
-
-def dlr(logits: Tensor, y: Tensor) -> Tensor:
-    """Difference of logits ratio per example: (max_{k != y} z_k - z_y) / (z_pi1 - z_pi3), z_pi1 >= z_pi2 >= ... the
-    sorted logits: a margin that no scaling of the logits changes (Croce and Hein, arXiv 2003.01690, eq. 6);
-    (N, C), (N,) -> (N,).
-
-    Deviation: with fewer than three classes there is no z_pi3; then it is `margin`, which is as good a loss for attacks
-    whose steps are normalised.
-
-    >>> dlr(torch.tensor([[1.0, 3.0, 2.0]]), torch.tensor([1]))
-    tensor([-0.5000])
-    """
-    if logits.shape[1] < 3:
-        return margin(logits, y)
-    top = _raised(logits).topk(3, dim=1).values
-    return margin(_raised(logits), y) / (top[:, 0] - top[:, 2] + 1e-12)
-
-
-def targeted_dlr(logits: Tensor, y: Tensor, target: Tensor) -> Tensor:
-    """(z_t - z_y) / (z_pi1 - (z_pi3 + z_pi4) / 2) per example, towards the class t (Croce and Hein, arXiv 2003.01690,
-    eq. 7); (N, C), (N,), (N,) -> (N,).
-
-    Deviation: with fewer than four classes it is z_t - z_y.
-
-    >>> targeted_dlr(torch.tensor([[4.0, 3.0, 1.0, 1.0]]), torch.tensor([0]), torch.tensor([1]))
-    tensor([-0.3333])
-    """
-    own = _classes(y, "targeted_dlr")[:, None]
-    z = _raised(logits)
-    difference = (z.gather(1, target[:, None]) - z.gather(1, own))[:, 0]
-    if z.shape[1] < 4:
-        return difference
-    top = z.topk(4, dim=1).values
-    return difference / (top[:, 0] - 0.5 * (top[:, 2] + top[:, 3]) + 1e-12)
 
 
 def log_probabilities(logits: Tensor) -> Tensor:
     """log softmax over the classes, (N, C) -> (N, C); half precision is raised to fp32."""
-    return F.log_softmax(_raised(logits), dim=1)
+    return F.log_softmax(raised(logits), dim=1)
 
 
 @dataclass(frozen=True)
@@ -135,7 +103,10 @@ class Natural:
         return lambda x_adv: ce(model(x_adv), y)
 
     def outer(self, model: nn.Module, x: Any, x_adv: Any, y: Tensor) -> Tensor:
-        return ce(model(x), y).mean()
+        return self.each(model, x, x_adv, y).mean()
+
+    def each(self, model: nn.Module, x: Any, x_adv: Any, y: Tensor) -> Tensor:
+        return ce(model(x), y)
 
 
 @dataclass(frozen=True)
@@ -152,7 +123,10 @@ class AT:
         return lambda x_adv: ce(model(x_adv), y)
 
     def outer(self, model: nn.Module, x: Any, x_adv: Any, y: Tensor) -> Tensor:
-        return ce(model(x_adv), y).mean()
+        return self.each(model, x, x_adv, y).mean()
+
+    def each(self, model: nn.Module, x: Any, x_adv: Any, y: Tensor) -> Tensor:
+        return ce(model(x_adv), y)
 
 
 @dataclass(frozen=True)
@@ -177,8 +151,11 @@ class TRADES:
         return lambda x_adv: kl(clean, model(x_adv))
 
     def outer(self, model: nn.Module, x: Any, x_adv: Any, y: Tensor) -> Tensor:
+        return self.each(model, x, x_adv, y).mean()
+
+    def each(self, model: nn.Module, x: Any, x_adv: Any, y: Tensor) -> Tensor:
         attacked, clean = model(x_adv), model(x)
-        return ce(clean, y).mean() + self.beta * kl(clean, attacked).mean()
+        return ce(clean, y) + self.beta * kl(clean, attacked)
 
 
 @dataclass(frozen=True)
@@ -199,19 +176,21 @@ class MART:
         _check_beta(self.beta)
 
     def inner(self, model: nn.Module, x: Tensor, y: Tensor) -> Value:
-        _classes(y, "MART")
+        classes(y, "MART")
         return lambda x_adv: ce(model(x_adv), y)
 
     def outer(self, model: nn.Module, x: Any, x_adv: Any, y: Tensor) -> Tensor:
-        y = _classes(y, "MART")
+        return self.each(model, x, x_adv, y).mean()
+
+    def each(self, model: nn.Module, x: Any, x_adv: Any, y: Tensor) -> Tensor:
+        y = classes(y, "MART")
         clean, attacked = model(x), model(x_adv)
         if clean.shape[1] < 2:
             raise ValueError(f"logits: MART needs at least two classes, got {clean.shape[1]}")
         log_clean, log_attacked = log_probabilities(clean), log_probabilities(attacked)
         wrongness = -log_clean.gather(1, y[:, None])[:, 0].expm1()  # 1 - p_y
-        return (ce(attacked, y) - _log_one_minus_largest_wrong(log_attacked, y)).mean() + self.beta * (
-            kl(clean, attacked) * wrongness
-        ).mean()
+        boosted = ce(attacked, y) - _log_one_minus_largest_wrong(log_attacked, y)
+        return boosted + self.beta * kl(clean, attacked) * wrongness
 
 
 def _log_one_minus_largest_wrong(log_p: Tensor, y: Tensor) -> Tensor:
@@ -220,7 +199,8 @@ def _log_one_minus_largest_wrong(log_p: Tensor, y: Tensor) -> Tensor:
     return log_p.scatter(1, k, -torch.inf).logsumexp(1)
 
 
-def _raised(logits: Tensor) -> Tensor:
+def raised(logits: Tensor) -> Tensor:
+    """Half precision as fp32."""
     return logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
 
 
@@ -228,7 +208,8 @@ def _hard(y: Tensor) -> bool:
     return y.ndim == 1
 
 
-def _classes(y: Tensor, who: str) -> Tensor:
+def classes(y: Tensor, who: str) -> Tensor:
+    """y, if it is (N,); ValueError in the name of `who` for probabilities."""
     if not _hard(y):
         raise ValueError(f"y: {who} needs classes of shape (N,), got probabilities of shape {tuple(y.shape)}")
     return y

@@ -6,27 +6,37 @@
                       v  <- K2 steps of ascent in the weight ball, at x'
     w <- w - eta g,   g = grad_w of the loss at w + v
 
-A batch walks through the file's one public function from top to bottom. Source: Wu, Xia, Wang, NeurIPS 2020, arXiv
-2004.05884.
+and its neighbours, which climb in another ball, in another way (`climb`), on another loss (`climbed`), or descend by
+(1 - share) grad_w at w + share grad_w at w + v. A batch walks through the file's one public function from top to
+bottom. Source: Wu, Xia, Wang, NeurIPS 2020, arXiv 2004.05884.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import math
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from saltflat.balls import WeightBall, Weights
+from saltflat.balls import Weights
 from saltflat.inputs import InputAdversary
 from saltflat.objectives import Objective
 from saltflat.random import Generator
-from saltflat.weights import Where, default, displaced, perturbed
+from saltflat.weights import Ascent, Where, default, displaced, perturbed
 
 Mode = Literal["eval", "train"]
+Climb = Callable[..., AbstractContextManager[Ascent]]  # a function that is called like `perturbed`
+
+
+class Radius(Protocol):
+    """What a step needs to know of a weight ball, or of a distribution around the weights: the rest is its climb's."""
+
+    @property
+    def radius(self) -> float: ...
 
 
 @dataclass(frozen=True)
@@ -34,16 +44,19 @@ class Step:
     """What one step found. Tensors stay on the device: reading one is the caller's decision to wait.
 
     Attributes:
-        loss: at w, before the step (with `ball=None`, the same as `perturbed_loss`).
+        loss: at w, before the step (the same as `perturbed_loss` with `ball=None`, and where the climb asked for
+            another loss, or for none).
         perturbed_loss: at w + v.
         x_adv: the attacked batch.
         skipped: how many weight tensors, summed over all ascent steps, had no finite, non-zero gradient.
+        dropped: 1 if the batch's gradient was not finite, and was taken for 0; else 0.
     """
 
     loss: Tensor
     perturbed_loss: Tensor
     x_adv: Any
     skipped: Tensor
+    dropped: Tensor
 
 
 def double_perturbation_step(
@@ -53,8 +66,11 @@ def double_perturbation_step(
     *,
     objective: Objective,
     attack: InputAdversary | None,
-    ball: WeightBall | None,
+    ball: Radius | None,
     optimizer: torch.optim.Optimizer,
+    climb: Climb = perturbed,
+    climbed: Callable[[nn.Module, Any, Any, Tensor], Tensor] | None = None,
+    share: float = 1.0,
     attack_mode: Mode = "eval",
     steps: int = 1,
     step_size: float | None = None,
@@ -72,6 +88,10 @@ def double_perturbation_step(
         attack: the input adversary, `PGD(...)` (K1 is its `steps`), or None to leave x alone.
         ball: the weight adversary's, `Layerwise(gamma)`; None or radius 0 skips the ascent.
         optimizer: stepped once; its gradients are cleared first and left for inspection.
+        climb: what finds v: `perturbed`, or a function that is called like it (`saltflat.neighbours`).
+        climbed: (model, x, x_adv, y) -> scalar, what it is asked to maximise; default `objective.outer`.
+        share: of the gradient at w + v in the descent, WT-AWP's lambda; the rest is the gradient at w. 0 skips the
+            ascent. Below 1, one forward and backward more.
         attack_mode: "eval", the attack sees running BatchNorm statistics and changes none; "train", batch statistics,
             and its forwards update the running ones, as in the official AT code.
         steps, step_size: K2 and eta_2 of the weight ascent, as in `perturbed`.
@@ -79,6 +99,9 @@ def double_perturbation_step(
         step_inside: the optimiser steps at w + v, as in `perturbed`.
         where: which weights are perturbed, as in `perturbed`.
         generator: what the attack's start is drawn from.
+
+    A batch whose gradient is not finite is dropped, without waiting for the device: the optimiser steps with a gradient
+    of 0 (momentum and weight decay go on), and buffers stand as they did before the batch.
 
     Changes the weights, the optimiser's state, `.grad`, the generator, and the buffers as the outer forwards do; modes
     come back as they were.
@@ -95,12 +118,17 @@ def double_perturbation_step(
     """
     if alternations < 1:
         raise ValueError(f"alternations: expected an integer >= 1, got {alternations!r}")
-    if ball is not None and ball.radius == 0:
+    if not 0 <= share <= 1:
+        raise ValueError(f"share: expected a number in [0, 1], got {share!r}")
+    if share < 1 and step_inside:
+        raise ValueError(f"share: expected 1 with step_inside, since the rest is taken at w, got {share!r}")
+    if ball is not None and (ball.radius == 0 or share == 0):
         ball = None
     if ball is None and alternations > 1:
         raise ValueError(
             f"alternations: with no weight adversary there is nothing to alternate with, got {alternations!r}"
         )
+    drop = dropping(model)
     optimizer.zero_grad()
 
     def attacked(v: Weights, x_adv: Any) -> Any:
@@ -112,34 +140,68 @@ def double_perturbation_step(
     def loss() -> Tensor:
         return objective.outer(model, x, x_adv, y)
 
+    def height() -> Tensor:
+        return (climbed or objective.outer)(model, x, x_adv, y)
+
     x_adv = attacked({}, None)
     if ball is None:
         value = loss()
         value.backward()  # type: ignore[no-untyped-call]
+        dropped = drop()
         optimizer.step()
-        return Step(value.detach(), value.detach(), x_adv, value.new_zeros((), dtype=torch.int64))
+        return Step(value.detach(), value.detach(), x_adv, torch.zeros_like(dropped), dropped)
 
     v: Weights = {}
     losses, skipped = [], []
     for _ in range(alternations - 1):
-        with perturbed(model, loss, ball, steps=steps, step_size=step_size, start=v, where=where) as ascent:
+        with climb(model, height, ball, steps=steps, step_size=step_size, start=v, where=where) as ascent:
             v = ascent.displacement
         losses.append(ascent.value)
         skipped.append(ascent.skipped)
         x_adv = attacked(v, x_adv)
 
-    with perturbed(
-        model, loss, ball, steps=steps, step_size=step_size, start=v, where=where, step_inside=step_inside
+    with climb(
+        model, height, ball, steps=steps, step_size=step_size, start=v, where=where, step_inside=step_inside
     ) as ascent:
         value = loss()
-        value.backward()  # type: ignore[no-untyped-call]
+        (share * value).backward()  # type: ignore[no-untyped-call]
         if step_inside:
+            dropped = drop()
             optimizer.step()
     if not step_inside:
+        if share < 1:
+            ((1 - share) * loss()).backward()  # type: ignore[no-untyped-call]
+        dropped = drop()
         optimizer.step()
-    first_loss = [*losses, ascent.value][0]
-    assert first_loss is not None  # a closure was climbed
-    return Step(first_loss, value.detach(), x_adv, torch.stack([*skipped, ascent.skipped]).sum())
+    at_w = None if climbed is not None else [*losses, ascent.value][0]
+    first = value.detach() if at_w is None else at_w
+    return Step(first, value.detach(), x_adv, torch.stack([*skipped, ascent.skipped]).sum(), dropped)
+
+
+def dropping(model: nn.Module) -> Callable[[], Tensor]:
+    """To be called before a batch's forwards; what comes back, after its backwards: if any gradient is not finite, all
+    are set to 0 and the buffers to what they held, on the device. It returns whether that happened, 0 or 1.
+
+    >>> model = nn.Linear(2, 1)
+    >>> drop = dropping(model)
+    >>> (model(torch.ones(1, 2)) * torch.inf).sum().backward()
+    >>> drop(), model.weight.grad
+    (tensor(1), tensor([[0., 0.]]))
+    """
+    kept = {name: buffer.clone() for name, buffer in model.named_buffers()}
+
+    @torch.no_grad()
+    def drop() -> Tensor:
+        gradients = [p.grad._values() if p.grad.is_sparse else p.grad for p in model.parameters() if p.grad is not None]
+        finite = torch.nn.utils.get_total_norm(gradients, math.inf).isfinite()
+        for gradient in gradients:
+            gradient.copy_(gradient.where(finite, 0))
+        for name, buffer in model.named_buffers():
+            if name in kept:
+                buffer.copy_(buffer.where(finite, kept[name]))
+        return (~finite).long()
+
+    return drop
 
 
 @contextmanager

@@ -1,6 +1,6 @@
 """Training from the first batch to the last, in one straight line.
 
-    for every epoch:   for every batch:   learning rate -> double_perturbation_step -> average
+    for every epoch:   for every batch:   learning rate -> augment -> mix -> step -> average
                        measure at w, in eval mode, on images as they are:  the fixed training subset, validation, test
 
 `fit` writes nothing and prints nothing: it yields what happened, and whoever runs it does with that what they like.
@@ -13,28 +13,34 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from saltflat.averaging import ema
-from saltflat.balls import WeightBall
+from saltflat.averaging import ema, reestimate_statistics, swa
 from saltflat.data.images import Images, to_float
 from saltflat.evaluation import outcomes
-from saltflat.inputs import PGD, InputAdversary
+from saltflat.inputs import PGD
 from saltflat.objectives import Objective
 from saltflat.random import derived_seed, seeded
 from saltflat.schedules import Schedule
-from saltflat.step import Mode, double_perturbation_step, in_mode
+from saltflat.step import Radius, Step, double_perturbation_step, in_mode
 
-ORDER, DRAWS = 0, 1  # the two streams of random numbers of an epoch
+ORDER, DRAWS, EXTRA = 0, 1, 2  # the streams of random numbers of an epoch
+# What robust accuracy on training examples loses within an epoch of catastrophic overfitting (Wong, Rice, Kolter)
+COLLAPSE = 0.2
 
 
 def as_it_is(images: Tensor, generator: torch.Generator) -> Tensor:
     """No augmentation; draws nothing."""
     return images
+
+
+def unmixed(x: Tensor, y: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """No mixing of examples and labels; draws nothing."""
+    return x, y
 
 
 @dataclass(frozen=True)
@@ -43,17 +49,24 @@ class Plan:
 
     Args:
         epochs: passes over the training set.
-        batch_size: examples a step; the last batch of an epoch may be smaller.
+        batch_size: examples a step, the extra ones included; the last batch of an epoch may be smaller.
         learning_rate: t -> the optimiser's rate, read at the end of the step's share of progress, as the official
             scripts do.
         objective: t -> objective, read at its beginning, like the next two.
         attack: t -> input adversary, or None.
         ball: t -> the weight adversary's ball, or None.
-        steps, step_size, alternations, step_inside, attack_mode: as in `double_perturbation_step`.
+        step: `double_perturbation_step`, perhaps with some of its arguments bound, or a function that is called like it
+            (`saltflat.neighbours`).
+        memory: what steps keep from one to the next, by name; emptied when training begins, saved with its state.
         clean_forward: after each step, run the model on the clean batch in train mode, for its running statistics
             alone, as the official AT script does while it logs.
         augment: (uint8 images, generator) -> uint8 images.
+        mix: (x, y, generator) -> x, y: images in [0, 1] and their classes, as the adversaries and the step see them:
+            label smoothing, mixup, CutMix.
+        extra_share: of every batch, what is drawn from `fit`'s extra examples, with replacement; rounded down.
         average: decay of the moving average of weights that is then measured and kept, or None.
+        swa_from: progress from which the weights at the ends of epochs are averaged, measured and kept, with the
+            statistics of BatchNorm re-estimated on the training images as they are; or None.
         measure: the attack of the measurements at the end of each epoch.
         measure_batch_size: examples at a time in those.
         seed: of the order, the augmentation and the attacks' starts. (The initial weights are the caller's.)
@@ -63,19 +76,25 @@ class Plan:
     batch_size: int
     learning_rate: Schedule
     objective: Callable[[float], Objective]
-    attack: Callable[[float], InputAdversary | None]
-    ball: Callable[[float], WeightBall | None]
+    attack: Callable[[float], Any]
+    ball: Callable[[float], Radius | None]
     measure: PGD
-    steps: int = 1
-    step_size: float | None = None
-    alternations: int = 1
-    step_inside: bool = False
-    attack_mode: Mode = "eval"
+    step: Callable[..., Step] = double_perturbation_step
+    memory: dict[str, Tensor] = field(default_factory=dict)
     clean_forward: bool = False
     augment: Callable[[Tensor, torch.Generator], Tensor] = as_it_is
+    mix: Callable[[Tensor, Tensor, torch.Generator], tuple[Tensor, Tensor]] = unmixed
+    extra_share: float = 0.0
     average: float | None = None
+    swa_from: float | None = None
     measure_batch_size: int = 256
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.extra_share < 1:
+            raise ValueError(f"extra_share: expected a number in [0, 1), got {self.extra_share!r}")
+        if self.average is not None and self.swa_from is not None:
+            raise ValueError(f"swa_from: expected None beside a moving average, got {self.swa_from!r}")
 
 
 @dataclass(frozen=True)
@@ -104,7 +123,8 @@ class Epoch:
         epoch: how many are done.
         metrics: numbers to be written down: losses of the epoch's steps, and for each measured set its size, clean and
             robust accuracy and loss; `gap` is robust accuracy on train minus on test, and robust loss on test minus on
-            train.
+            train; `collapsed`, whether robust accuracy on train fell by more than 20 points since the epoch before;
+            `skipped` and `dropped`, as in `Step`, over all steps.
         best: robust accuracy on `validation` is the highest so far.
         model: the network that was measured (the average, if there is one).
         state: all that `fit` needs to go on from here, as tensors and numbers; save it before asking for the next
@@ -128,6 +148,7 @@ def fit(
     plan: Plan,
     optimizer: torch.optim.Optimizer,
     *,
+    extra: Images | None = None,
     state: dict[str, Any] | None = None,
 ) -> Iterator[Event]:
     """Train `model` in place, yielding a `Stepped` per step, and a `Measuring` and an `Epoch` per epoch.
@@ -139,16 +160,25 @@ def fit(
             may be missing.
         plan: what is done.
         optimizer: over the model's parameters; its learning rates are set by the plan.
+        extra: pseudo-labelled or generated examples, moved like `train`. An epoch has as many steps with them as
+            without: every step takes fewer examples of `train`, and what is left of those waits for another epoch.
         state: of an earlier `Epoch`, to go on after it; model and optimiser are loaded from it.
 
-    Raises: FloatingPointError at the end of an epoch whose losses are not finite.
+    Raises: ValueError for a share of extra examples without such, or the reverse; FloatingPointError at the end of an
+        epoch in which more batches were dropped, for gradients that are not finite, than used.
     """
+    if (extra is None) != (plan.extra_share == 0):
+        raise ValueError(f"extra: expected {'some' if extra is None else 'none'} with a share of {plan.extra_share!r}")
     device = next(model.parameters()).device
     images, labels = train.images.to(device), train.labels.to(device)
-    average = None if plan.average is None else ema(model, plan.average)
-    steps = plan.epochs * math.ceil(len(train) / plan.batch_size)
+    more = None if extra is None else (extra.images.to(device), extra.labels.to(device))
+    average = ema(model, plan.average) if plan.average is not None else None if plan.swa_from is None else swa(model)
+    batches = math.ceil(len(train) / plan.batch_size)
+    added = int(plan.extra_share * plan.batch_size)
+    steps = plan.epochs * batches
     step = done = 0
-    best = -1.0
+    best = before = -1.0
+    plan.memory.clear()
     if state is not None:
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
@@ -157,20 +187,26 @@ def fit(
         torch.set_rng_state(state["random"])
         if device.type == "cuda" and state["random_cuda"] is not None:
             torch.cuda.set_rng_state(state["random_cuda"], device)
-        step, done, best = state["step"], state["epoch"], state["best"]
+        plan.memory.update({name: kept.to(device) for name, kept in state["memory"].items()})
+        step, done, best, before = state["step"], state["epoch"], state["best"], state["before"]
 
     for epoch in range(done + 1, plan.epochs + 1):
         began = time.perf_counter()
         order = torch.randperm(len(train), generator=seeded(plan.seed, epoch, ORDER)).to(device)
         generator = seeded(plan.seed, epoch, DRAWS, device=device)
-        sums = torch.zeros(3, dtype=torch.float64, device=device)
+        extra_rows = seeded(plan.seed, epoch, EXTRA)
+        sums = torch.zeros(5, dtype=torch.float64, device=device)
         with in_mode(model, "train"):
-            for rows in torch.split(order, plan.batch_size):
+            for rows in torch.split(order, plan.batch_size - added)[:batches]:
                 for group in optimizer.param_groups:
                     group["lr"] = plan.learning_rate((step + 1) / steps)
                 progress = step / steps
-                x, y = to_float(plan.augment(images[rows], generator)), labels[rows]
-                found = double_perturbation_step(
+                chosen, y = images[rows], labels[rows]
+                if more is not None:
+                    drawn = torch.randint(len(more[1]), (added,), generator=extra_rows).to(device)
+                    chosen, y = torch.cat([chosen, more[0][drawn]]), torch.cat([y, more[1][drawn]])
+                x, y = plan.mix(to_float(plan.augment(chosen, generator)), y, generator)
+                found = plan.step(
                     model,
                     x,
                     y,
@@ -178,48 +214,49 @@ def fit(
                     attack=plan.attack(progress),
                     ball=plan.ball(progress),
                     optimizer=optimizer,
-                    attack_mode=plan.attack_mode,
-                    steps=plan.steps,
-                    step_size=plan.step_size,
-                    alternations=plan.alternations,
-                    step_inside=plan.step_inside,
                     generator=generator,
                 )
                 if plan.clean_forward:
                     with torch.no_grad():
                         model(x)
-                if average is not None:
+                if average is not None and plan.average is not None:
                     average.update_parameters(model)
                 step += 1
-                sums += torch.stack(
-                    [found.loss * len(rows), found.perturbed_loss * len(rows), found.skipped.to(device)]
-                )
+                sums += _sums(found, len(x))
                 yield Stepped(step, steps, epoch, found.loss, found.perturbed_loss)
+        if plan.swa_from is not None and average is not None and step / steps >= plan.swa_from:
+            average.update_parameters(model)
+            reestimate_statistics(average.module, (to_float(part) for part in torch.split(images, plan.batch_size)))
 
-        loss, perturbed_loss, skipped = sums.tolist()  # the epoch's one wait for the device
-        if not math.isfinite(loss + perturbed_loss):
+        used, loss, perturbed_loss, skipped, dropped = sums.tolist()  # the epoch's one wait for the device
+        if dropped > batches / 2:
             raise FloatingPointError(
-                f"epoch {epoch}: the training loss is not finite: "
-                f"{loss / len(train)} at w, {perturbed_loss / len(train)} at w + v"
+                f"epoch {epoch}: the gradient of {int(dropped)} of {batches} batches was not finite; "
+                "a lower learning rate, gamma or precision may be to blame"
             )
         trained = time.perf_counter()
         yield Measuring(epoch)
-        network: nn.Module = model if average is None else average.module
+        begun = average is not None and int(average.n_averaged) > 0
+        network: nn.Module = average.module if average is not None and begun else model
         sets = {name: measure(network, data, plan) for name, data in measured.items()}
         robust = sets["validation"]["robust_accuracy"] if "validation" in sets else -1.0
         is_best, best = robust > best, max(robust, best)
+        own = sets["train"]["robust_accuracy"] if "train" in sets else -1.0
+        collapsed, before = before - own > COLLAPSE, own
         ball = plan.ball((step - 1) / steps)
         metrics = {
             "epoch": epoch,
             "step": step,
             "learning_rate": optimizer.param_groups[0]["lr"],
             "gamma": 0.0 if ball is None else ball.radius,
-            "loss": loss / len(train),
-            "perturbed_loss": perturbed_loss / len(train),
+            "loss": loss / used,
+            "perturbed_loss": perturbed_loss / used,
             "skipped": int(skipped),
+            "dropped": int(dropped),
             **sets,
             "gap": gap(sets),
             "best": is_best,
+            "collapsed": collapsed,
             "seconds": trained - began,
             "evaluation_seconds": time.perf_counter() - trained,
         }
@@ -229,11 +266,21 @@ def fit(
             "average": None if average is None else average.state_dict(),
             "random": torch.get_rng_state(),  # torch's global generators: dropout draws from them
             "random_cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
+            "memory": dict(plan.memory),
             "step": step,
             "epoch": epoch,
             "best": best,
+            "before": before,
         }
         yield Epoch(epoch, metrics, is_best, network, reached)
+
+
+def _sums(found: Step, examples: int) -> Tensor:
+    """Examples used, their summed losses at w and at w + v, tensors skipped, batches dropped."""
+    used = 1 - found.dropped
+    n = used * examples
+    losses = [torch.where(used > 0, loss, 0) * n for loss in (found.loss, found.perturbed_loss)]
+    return torch.stack([n, *losses, found.skipped.to(n.device), found.dropped]).double()
 
 
 def measure(model: nn.Module, data: Images, plan: Plan) -> dict[str, float]:

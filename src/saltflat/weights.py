@@ -38,6 +38,11 @@ def default(name: str, parameter: nn.Parameter) -> bool:
     return parameter.ndim > 1 and parameter.requires_grad
 
 
+def trained(name: str, parameter: nn.Parameter) -> bool:
+    """All that is trained, biases and norm layers as well: what SAM and RandomWP perturb."""
+    return parameter.requires_grad
+
+
 def gradient(model: nn.Module, loss: Closure | Sequence[Closure], *, where: Where = default) -> dict[str, Tensor]:
     """The gradient of `loss` with respect to the chosen weights, as {name: g}; tensors that the loss does not reach
     are left out.
@@ -56,7 +61,7 @@ def gradient(model: nn.Module, loss: Closure | Sequence[Closure], *, where: Wher
     >>> gradient(model, lambda: model(torch.tensor([[3.0, 4.0]])).sum())["weight"]
     tensor([[3., 4.]])
     """
-    return _climbing_gradient(model, as_closures(loss), chosen_weights(model, where))[0]
+    return climbing_gradient(model, as_closures(loss), chosen_weights(model, where))[0]
 
 
 @contextmanager
@@ -76,17 +81,17 @@ def displaced(model: nn.Module, displacement: Weights) -> Iterator[None]:
     """
     parameters = dict(model.named_parameters())
     parameters = {name: parameters[name] for name in displacement}
-    with _given_back(parameters) as centre:
-        _place(parameters, centre, displacement)
+    with given_back(parameters) as centre:
+        place(parameters, centre, displacement)
         yield
 
 
 class Ascent:
-    """What `perturbed` found.
+    """What `perturbed`, or another climb, found.
 
     Attributes:
-        value: the loss where the climb began, detached and on the device: at w, or at w + start. None if a gradient
-            was handed in.
+        value: the loss where the climb began, detached and on the device: at w, or at w + start. None if the climb
+            asked for no loss: a gradient was handed in, or v was drawn.
         skipped: how many tensors, summed over the climb's steps, stayed where they were: their gradient was zero or not
             finite (or their norm is zero). On the device: read it when metrics are written.
     """
@@ -117,6 +122,7 @@ def perturbed(
     *,
     steps: int = 1,
     step_size: float | None = None,
+    step: WeightBall | None = None,
     start: Weights | None = None,
     where: Where = default,
     step_inside: bool = False,
@@ -130,6 +136,7 @@ def perturbed(
         ball: `Layerwise(gamma)`, or any weight ball.
         steps: K2, gradient evaluations; each is projected.
         step_size: in the unit of the ball's radius; default radius / steps.
+        step: steps that are steepest in another ball, of its radius, instead: `Layerwise(eta)` while `ball` is a `Box`.
         start: {name: v} to go on from, else 0.
         where: (name, parameter) -> bool, which tensors are perturbed.
         step_inside: False, the optimiser steps after the block, at w: w - lr (grad L(w + v) + weight decay w). True,
@@ -163,39 +170,53 @@ def perturbed(
     for given, tensors in (("start", start or {}), ("loss", loss if isinstance(loss, Mapping) else {})):
         if strange := [name for name in tensors if name not in parameters]:
             raise ValueError(f"{given}: {strange[0]!r} is none of the {len(parameters)} weights that are perturbed")
-    step = replace(ball, radius=ball.radius / steps if step_size is None else step_size)
-    with _given_back(parameters) as centre:
+    if step is None:
+        step = replace(ball, radius=ball.radius / steps if step_size is None else step_size)
+    with given_back(parameters) as centre:
         v, value, skipped = dict(start or {}), None, []
-        _place(parameters, centre, v)
+        place(parameters, centre, v)
         for _ in range(steps):
             if isinstance(loss, Mapping):
                 g = dict(loss)
             else:
-                g, reached = _climbing_gradient(model, closures, parameters)
+                g, reached = climbing_gradient(model, closures, parameters)
                 value = reached if value is None else value
             if not g:
                 raise ValueError(f"loss: reaches none of the {len(parameters)} weights that are perturbed")
             ahead = step.steepest(g, centre)
             v = ball.project(v | {name: v[name] + s if name in v else s for name, s in ahead.items()}, centre)
-            _place(parameters, centre, v)
+            place(parameters, centre, v)
             skipped += [(s == 0).all() for s in ahead.values()]
-        ascent = Ascent(value, torch.stack(skipped).sum(), parameters, centre)
         del v, g, ahead  # while the block runs, one copy of the weights is kept; two if the optimiser steps inside
-        with _step_kept(parameters, centre) if step_inside else _no_step(parameters):
-            try:
-                yield ascent
-            finally:
-                ascent._close()
+        with held(parameters, centre, value, torch.stack(skipped).sum(), step_inside) as ascent:
+            yield ascent
 
 
 @contextmanager
-def _given_back(parameters: Mapping[str, nn.Parameter]) -> Iterator[dict[str, Tensor]]:
+def held(
+    parameters: Mapping[str, nn.Parameter],
+    centre: dict[str, Tensor],
+    value: Tensor | None,
+    skipped: Tensor,
+    step_inside: bool,
+) -> Iterator[Ascent]:
+    """The end of every climb, inside `given_back`: what the block that runs at w + v is told, and may do."""
+    ascent = Ascent(value, skipped, parameters, centre)
+    with _step_kept(parameters, centre) if step_inside else _no_step(parameters):
+        try:
+            yield ascent
+        finally:
+            ascent._close()
+
+
+@contextmanager
+def given_back(parameters: Mapping[str, nn.Parameter]) -> Iterator[dict[str, Tensor]]:
     """Yields the centre, and puts back whatever stands in it afterwards: w, to the bit."""
     centre = {name: parameter.detach().clone() for name, parameter in parameters.items()}
     try:
         yield centre
     finally:
-        _surely(lambda: _place(parameters, centre))
+        _surely(lambda: place(parameters, centre))
 
 
 @contextmanager
@@ -237,7 +258,7 @@ def _no_step(parameters: Mapping[str, nn.Parameter]) -> Iterator[None]:
         )
 
 
-def _climbing_gradient(
+def climbing_gradient(
     model: nn.Module, closures: Sequence[Closure], parameters: Mapping[str, nn.Parameter]
 ) -> tuple[dict[str, Tensor], Tensor]:
     """The gradient and the value of the (summed) loss at the weights as they stand."""
@@ -326,7 +347,7 @@ def chosen_weights(model: nn.Module, where: Where) -> dict[str, nn.Parameter]:
 
 
 @torch.no_grad()
-def _place(parameters: Mapping[str, nn.Parameter], centre: Weights, displacement: Weights | None = None) -> None:
+def place(parameters: Mapping[str, nn.Parameter], centre: Weights, displacement: Weights | None = None) -> None:
     """w + v, for the names in v; or w."""
     for name in centre if displacement is None else displacement:
         parameters[name].copy_(centre[name] if displacement is None else centre[name] + displacement[name])

@@ -1,8 +1,11 @@
-"""Random crop and horizontal flip of a whole batch at once: one gather of pixels, no loop over images.
+"""Random crop, horizontal flip and rotation of a whole batch at once: one gather of pixels, no loop over images.
 
 Image n with offsets (r_n, c_n) and flip f_n becomes out[i, j] = padded[i + r_n, j' + c_n], with j' = W - 1 - j when
 f_n, else j. This is the augmentation of He et al. 2015 (arXiv 1512.03385, section 4.2) with a `padding` of 4; `mode`
 says what lies outside the image.
+
+Rotated counter-clockwise by t_n around its centre (a, b) = ((H - 1) / 2, (W - 1) / 2), it becomes out[i, j] = the pixel
+nearest to (a + (i - a) cos t_n + (j - b) sin t_n, b + (j - b) cos t_n - (i - a) sin t_n), or 0 where there is none.
 """
 
 from typing import Literal, get_args
@@ -52,12 +55,68 @@ def crop_flip(
             images = F.pad(images, (padding,) * 4)
         else:  # torch pads no uint8 by reflection: reflect the indices
             rows, columns = _reflect(rows - padding, height), _reflect(columns - padding, width)
-    return _pixels(images, rows, columns) if padding > 0 or flip else images
+    return _pixels(images, rows[:, :, None], columns[:, None, :]) if padding > 0 or flip else images
+
+
+def rotate(images: Tensor, *, degrees: float, generator: torch.Generator) -> Tensor:
+    """Each image (N, C, H, W), of any dtype, turned around its centre by an angle of its own, uniform in [-`degrees`,
+    `degrees`); see `rotated`.
+
+    Draws come from `generator` alone, on its device: N uniform numbers (`torch.rand`, fp64). With `degrees` 0 nothing
+    is drawn, and the images come back as they are.
+
+    Raises ValueError for images of another rank, and for degrees outside of [0, 180].
+
+    >>> batch = torch.arange(4.0).view(1, 1, 1, 4)
+    >>> rotate(batch, degrees=15, generator=torch.Generator().manual_seed(0))
+    tensor([[[[0., 1., 2., 3.]]]])
+    """
+    _check_shape(images)
+    if not 0 <= degrees <= 180:
+        raise ValueError(f"degrees: expected a number in [0, 180], got {degrees!r}")
+    if degrees == 0:
+        return images
+    u = torch.rand(len(images), dtype=torch.float64, generator=generator, device=generator.device)
+    return rotated(images, (2 * u - 1) * degrees)
+
+
+def rotated(images: Tensor, angles: Tensor) -> Tensor:
+    """Each image (N, C, H, W), of any dtype, turned around its centre by its angle (N,), in degrees: counter-clockwise
+    if positive, as one looks at the image with row 0 on top.
+
+    Every pixel takes the value that is nearest to where it comes from (between two that are equally near, rounding
+    decides), and 0 if it comes from outside; so no value is new but 0. Multiples of 90 degrees are exact where
+    the pixels allow it: for squares, and half turns.
+
+    Raises ValueError for images of another rank, and for other than one angle an image.
+
+    >>> rotated(torch.tensor([[[[1, 2], [3, 4]]]], dtype=torch.uint8), torch.tensor([90.0]))
+    tensor([[[[2, 4],
+              [1, 3]]]], dtype=torch.uint8)
+    """
+    _check_shape(images)
+    if angles.shape != images.shape[:1]:
+        raise ValueError(f"angles: expected shape {tuple(images.shape[:1])}, got {tuple(angles.shape)}")
+    (height, width), device = images.shape[2:], images.device
+    angles = angles.to(device, torch.float64).deg2rad()[:, None, None]
+    cos, sin = angles.cos(), angles.sin()
+    a, b = (height - 1) / 2, (width - 1) / 2
+    down = torch.arange(height, dtype=torch.float64, device=device)[:, None] - a
+    right = torch.arange(width, dtype=torch.float64, device=device) - b
+    rows = (a + down * cos + right * sin).round().long()
+    columns = (b + right * cos - down * sin).round().long()
+    inside = (rows >= 0) & (rows < height) & (columns >= 0) & (columns < width)
+    found = _pixels(images, rows.clamp(0, height - 1), columns.clamp(0, width - 1))
+    return torch.where(inside[:, None], found, 0)
+
+
+def _check_shape(images: Tensor) -> None:
+    if images.ndim != 4:
+        raise ValueError(f"images must have shape (N, C, H, W), got {tuple(images.shape)}")
 
 
 def _check(images: Tensor, padding: int, mode: PaddingMode) -> None:
-    if images.ndim != 4:
-        raise ValueError(f"images must have shape (N, C, H, W), got {tuple(images.shape)}")
+    _check_shape(images)
     if mode not in get_args(PaddingMode):
         raise ValueError(f"mode must be 'zero' or 'reflect', got {mode!r}")
     if padding < 0:
@@ -76,8 +135,10 @@ def _reflect(index: Tensor, size: int) -> Tensor:
 
 
 def _pixels(images: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """out[n, c, i, j] = images[n, c, rows[n, i], columns[n, j]]: (N, C, ., .), (N, H), (N, W) -> (N, C, H, W)."""
+    """out[n, c, i, j] = images[n, c, rows[n, i, j], columns[n, i, j]]: (N, C, ., .) and two that broadcast to (N, H, W)
+    -> (N, C, H, W).
+    """
     number, channels, _, width = images.shape
-    index = (rows[:, :, None] * width + columns[:, None, :]).flatten(1)
-    gathered = images.flatten(2).gather(2, index[:, None, :].expand(number, channels, -1))
-    return gathered.view(number, channels, rows.shape[1], columns.shape[1])
+    index = rows * width + columns
+    gathered = images.flatten(2).gather(2, index.flatten(1)[:, None, :].expand(number, channels, -1))
+    return gathered.view(number, channels, *index.shape[1:])

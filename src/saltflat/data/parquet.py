@@ -9,7 +9,7 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -24,7 +24,7 @@ IMAGE_COLUMNS = ("img", "image")
 LABEL_COLUMNS = ("label", "fine_label")
 SUBFOLDERS = (".", "data", "plain_text")
 EIGHT_BIT_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr")  # others lose depth on their way to RGB
-EXTRA_ADVICE = "reading parquet needs the `data` extra: pip install 'saltflat[data]'"
+EXTRA_ADVICE = "needs the `data` extra: pip install 'saltflat[data]'"
 
 
 def parquet(path: str | os.PathLike[str], *, num_classes: int | None = None) -> Splits:
@@ -49,15 +49,31 @@ def parquet(path: str | os.PathLike[str], *, num_classes: int | None = None) -> 
     train_files, test_files = _files(folder)
     train_rows, train_labels = _read(train_files)
     test_rows, test_labels = _read(test_files)
-    # The first colour image decides: only a grey data set has all its headers read before it is decoded.
-    mode = "L" if all(_mode(row) == "L" for rows in (train_rows, test_rows) for row in rows) else "RGB"
-    size = _size(train_rows[0])
+    train_images, test_images = decoded(train_rows, test_rows)
     classes = 1 + int(torch.cat([train_labels, test_labels]).max()) if num_classes is None else num_classes
     name = folder.resolve().name
     return Splits(
-        Images(_decoded(train_rows, mode, size), train_labels, classes, f"{name} train"),
-        Images(_decoded(test_rows, mode, size), test_labels, classes, f"{name} test"),
+        Images(train_images, train_labels, classes, f"{name} train"),
+        Images(test_images, test_labels, classes, f"{name} test"),
     )
+
+
+class Encoded(Protocol):
+    """One image as a whole file: its bytes, and, as a string, where it was found."""
+
+    @property
+    def data(self) -> bytes: ...
+
+
+def decoded(train: Sequence[Encoded], test: Sequence[Encoded]) -> tuple[Tensor, Tensor]:
+    """All images of both splits as (N, C, H, W), uint8: grey (C = 1) when all of them are 8-bit grey, else RGB (C = 3).
+
+    Raises ValueError, in one line, that names the image that cannot be decoded or differs in size from the first one.
+    """
+    # The first colour image decides: only a grey data set has all its headers read before it is decoded.
+    mode = "L" if all(_mode(image) == "L" for images in (train, test) for image in images) else "RGB"
+    size = _size(train[0])
+    return _decoded(train, mode, size), _decoded(test, mode, size)
 
 
 class _Row(NamedTuple):
@@ -90,7 +106,7 @@ def _read(files: Sequence[Path]) -> tuple[list[_Row], Tensor]:
         import pyarrow
         from pyarrow.parquet import ParquetFile
     except ImportError:
-        raise ValueError(EXTRA_ADVICE) from None
+        raise ValueError(f"reading parquet {EXTRA_ADVICE}") from None
     rows: list[_Row] = []
     labels: list[Tensor] = []
     for file in files:
@@ -144,42 +160,40 @@ def _labels(classes: Any, file: Path, first: int) -> Tensor:
 
 
 @contextmanager
-def _opened(row: _Row) -> "Iterator[PillowImage]":
+def _opened(row: Encoded) -> "Iterator[PillowImage]":
     try:
         from PIL import Image
     except ImportError:
-        raise ValueError(EXTRA_ADVICE) from None
+        raise ValueError(f"decoding images {EXTRA_ADVICE}") from None
     try:
         with Image.open(io.BytesIO(row.data)) as image:
             yield image
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # a damaged PNG gives a SyntaxError
+    except Exception as error:  # a damaged image can fail in any part of its decoder
         raise ValueError(f"{row}: not an image that can be decoded") from error
 
 
-def _mode(row: _Row) -> str:
+def _mode(row: Encoded) -> str:
     with _opened(row) as image:
         return image.mode
 
 
-def _size(row: _Row) -> tuple[int, int]:
+def _size(row: Encoded) -> tuple[int, int]:
     with _opened(row) as image:
         return image.size
 
 
-def _decoded(rows: Sequence[_Row], mode: str, size: tuple[int, int]) -> Tensor:
+def _decoded(rows: Sequence[Encoded], mode: str, size: tuple[int, int]) -> Tensor:
     """All images as (N, C, H, W), uint8; `size` is (W, H), as Pillow has it."""
     width, height = size
     pixels = np.empty((len(rows), height, width, len(mode)), np.uint8)  # "L" has one channel, "RGB" has three
     for number, row in enumerate(rows):
         with _opened(row) as image:
-            if image.size != size:
-                raise ValueError(
-                    f"{row}: has {image.width}x{image.height} pixels; the first training image has {width}x{height}"
-                )
-            if image.mode not in EIGHT_BIT_MODES:
-                raise ValueError(
-                    f"{row}: has mode {image.mode}; expected 8 bits per channel: {', '.join(EIGHT_BIT_MODES)}"
-                )
-            converted = image if image.mode == mode else image.convert(mode)
-            pixels[number] = np.asarray(converted).reshape(height, width, len(mode))
+            found, stored = image.size, image.mode
+            if found == size and stored in EIGHT_BIT_MODES:
+                converted = image if stored == mode else image.convert(mode)
+                pixels[number] = np.asarray(converted).reshape(height, width, len(mode))
+        if found != size:
+            raise ValueError(f"{row}: has {found[0]}x{found[1]} pixels; the first training image has {width}x{height}")
+        if stored not in EIGHT_BIT_MODES:
+            raise ValueError(f"{row}: has mode {stored}; expected 8 bits per channel: {', '.join(EIGHT_BIT_MODES)}")
     return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()

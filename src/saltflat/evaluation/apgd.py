@@ -26,8 +26,9 @@ import torch
 from torch import Tensor
 
 from saltflat.balls import L1, InputBall
+from saltflat.evaluation.ratios import targeted_dlr
 from saltflat.evaluation.search import Logits, Search, Trial, column, keep, stretched, value_and_gradient
-from saltflat.objectives import ce, targeted_dlr
+from saltflat.objectives import ce
 from saltflat.random import Generator
 
 Loss = Callable[[Tensor, Tensor], Tensor]

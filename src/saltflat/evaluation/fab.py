@@ -35,9 +35,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from saltflat.balls import L1, L2, InputBall, Linf, level
+from saltflat.balls import L1, L2, InputBall, Linf
 from saltflat.evaluation.apgd import wrong_class
 from saltflat.evaluation.search import Logits, Search, Trial, column, keep, rows_of, value_and_gradient
+from saltflat.evaluation.stretch import level
 from saltflat.objectives import margin
 from saltflat.random import Generator
 

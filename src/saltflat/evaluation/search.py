@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from saltflat.balls import L2, InputBall, Linf
+from saltflat.evaluation.stretch import stretch
 from saltflat.objectives import margin
 from saltflat.random import Generator, PerExample
 
@@ -199,7 +200,7 @@ def stretched(
     """
     if not is_cut(ball):
         return None
-    point = x + ball.stretch(x_adv - x, x)
+    point = x + stretch(ball, x_adv - x, x)
     with torch.no_grad():
         z = logits(point)
     return (yield Trial(point, z))

@@ -32,8 +32,9 @@ from torch import Tensor
 
 from saltflat.balls import L1, Linf
 from saltflat.evaluation.apgd import Loss, TargetedLoss, wrong_class
+from saltflat.evaluation.ratios import targeted_dlr
 from saltflat.evaluation.search import Logits, Search, Trial, column, keep, value_and_gradient
-from saltflat.objectives import ce, targeted_dlr
+from saltflat.objectives import ce
 from saltflat.random import Generator
 
 

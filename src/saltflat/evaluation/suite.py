@@ -32,13 +32,14 @@ from saltflat.data.images import to_float
 from saltflat.evaluation.apgd import APGD, TargetedAPGD
 from saltflat.evaluation.fab import TargetedFAB
 from saltflat.evaluation.lean import lean
+from saltflat.evaluation.ratios import dlr
 from saltflat.evaluation.restarts import Restarted
 from saltflat.evaluation.search import Attack, Logits, find, is_cut
 from saltflat.evaluation.sparse_apgd import SparseAPGD, TargetedSparseAPGD
 from saltflat.evaluation.spsa import SPSA
 from saltflat.evaluation.square import Square
 from saltflat.inputs import FGSM, PGD
-from saltflat.objectives import ce, dlr, margin
+from saltflat.objectives import ce, margin
 from saltflat.random import PerExample, derived_seed
 from saltflat.step import in_mode
 

@@ -1,5 +1,5 @@
-"""From a config to the objects that `fit` takes: data, network, optimiser, plan. Names become things here, and those of
-attacks in `threat`.
+"""From a config to the objects that `fit` takes: data, network, optimiser, plan. Names become things here, those of
+attacks in `threat`, and those of weight adversaries in `adversaries`.
 """
 
 from __future__ import annotations
@@ -13,15 +13,18 @@ from torch import Tensor, nn
 
 from saltflat import data as datasets
 from saltflat import models
-from saltflat.balls import Layerwise
 from saltflat.data import Images, Splits
 from saltflat.inputs import PGD, gaussian, uniform, zero
+from saltflat.lab import adversaries
 from saltflat.lab.config import BadInput, Data, Train
 from saltflat.lab.threat import trained_against
+from saltflat.models import published
+from saltflat.models.state_dicts import read_state
+from saltflat.neighbours.logit_pairing import ALP
 from saltflat.objectives import AT, MART, TRADES, Natural, Objective, Value
 from saltflat.random import Generator, derived_seed
-from saltflat.schedules import constant, cosine, cyclic, from_progress, piecewise, warm_up
-from saltflat.train import Plan, as_it_is
+from saltflat.schedules import constant, cosine, cyclic, piecewise, warm_up
+from saltflat.train import Plan, as_it_is, unmixed
 
 VALIDATION_SEED = 2020  # one split for all seeds, so that their best epochs are chosen on the same examples
 DROPS = {0.5: 0.1, 0.75: 0.1}  # of the piecewise schedule: progress, and what the rate is multiplied by
@@ -35,6 +38,7 @@ class Sets:
     train: Images
     measured: dict[str, Images]
     test: Images
+    extra: Images | None = None
 
 
 def device(name: str) -> torch.device:
@@ -63,7 +67,14 @@ def splits(data: Data) -> Splits:
     if data.name == "digits":
         return datasets.digits()
     assert path is not None  # `checked` made sure
-    readers = {"cifar10": datasets.cifar10, "cifar100": datasets.cifar100, "parquet": datasets.parquet}
+    readers = {
+        "cifar10": datasets.cifar10,
+        "cifar100": datasets.cifar100,
+        "svhn": datasets.svhn,
+        "parquet": datasets.parquet,
+        "folder": datasets.folder,
+        "npz": datasets.image_arrays,
+    }
     try:
         return readers[data.name](path)
     except (OSError, ValueError) as error:
@@ -92,6 +103,16 @@ def sets(config: Train) -> Sets:
         "test": _subset(read.test, config.evaluation.examples),
     }
     return Sets(train, measured, read.test)
+
+
+def with_extra(sets: Sets, config: Train) -> Sets:
+    """The same, with the extra examples that training asks for."""
+    if config.extra.path is None:
+        return sets
+    try:
+        return replace(sets, extra=datasets.labelled(config.extra.path, like=sets.train))
+    except (OSError, ValueError) as error:
+        raise BadInput(f"extra.path: {' '.join(str(error).split())}") from None
 
 
 def _subset(images: Images, examples: int) -> Images:
@@ -126,20 +147,73 @@ def network(config: Train, like: Images) -> nn.Module:
         elif of.name == "preact-resnet18":
             made = models.preact_resnet18(classes, in_channels=channels, **pixels)
         else:
-            made = models.wide_resnet(of.depth, of.widen_factor, classes, in_channels=channels, **pixels)
+            made = models.wide_resnet(
+                of.depth, of.widen_factor, classes, in_channels=channels, activation=of.activation, **pixels
+            )
     return made.to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
+
+
+def begun(config: Train, like: Images) -> nn.Module:
+    """The network as training begins with it: drawn, or read from `model.initial`, but for a last layer that there has
+    another number of classes.
+    """
+    model, path = network(config, like), config.model.initial
+    if path is None:
+        return model
+    own = model.state_dict()
+    last = next(reversed([name for name, module in model.named_modules() if isinstance(module, nn.Linear)]))
+    try:
+        found = {
+            name: next(
+                (
+                    own[head]
+                    for head in (f"{last}.weight", f"{last}.bias")
+                    if _another_head(name, tensor, head, own[head])
+                ),
+                tensor,
+            )
+            for name, tensor in read_state(path).items()
+        }
+        fitted, inside = published.fitted(found, model)
+    except (OSError, ValueError) as error:
+        raise BadInput(f"model.initial: {' '.join(str(error).split())}") from None
+    if inside is not None and (tuple(inside.mean), tuple(inside.std)) != (config.model.mean, config.model.std):
+        raise BadInput(
+            f"model.initial: {path} normalises by mean {tuple(inside.mean)} and std {tuple(inside.std)}; "
+            "set model.mean and model.std to them"
+        )
+    model.load_state_dict(fitted)
+    return model
+
+
+def _another_head(name: str, tensor: Tensor, head: str, own: Tensor) -> bool:
+    return f".{name}".endswith(f".{head}") and tensor.shape != own.shape and tensor.shape[1:] == own.shape[1:]
 
 
 def optimizer(config: Train, model: nn.Module) -> torch.optim.Optimizer:
     """SGD over all parameters; the plan sets its rate."""
     of = config.optimizer
-    return torch.optim.SGD(model.parameters(), of.learning_rate, momentum=of.momentum, weight_decay=of.weight_decay)
+    groups: list[dict[str, Any]] = [{"params": list(model.parameters())}]
+    if of.decayed == "weights":
+        groups = [
+            {"params": [p for p in model.parameters() if p.ndim > 1]},
+            {"params": [p for p in model.parameters() if p.ndim <= 1], "weight_decay": 0.0},
+        ]
+    return torch.optim.SGD(
+        groups, of.learning_rate, momentum=of.momentum, weight_decay=of.weight_decay, nesterov=of.nesterov
+    )
 
 
 def losses(config: Train) -> Objective:
     """The pair of losses, as published."""
     beta = config.objective.beta
-    by_name: dict[str, Objective] = {"natural": Natural(), "at": AT(), "trades": TRADES(beta), "mart": MART(beta)}
+    by_name: dict[str, Objective] = {
+        "natural": Natural(),
+        "at": AT(),
+        "trades": TRADES(beta),
+        "mart": MART(beta),
+        "alp": ALP(beta),
+    }
     return by_name[config.objective.name]
 
 
@@ -164,6 +238,10 @@ class CleanForwardToo:
             model(x)
         return value
 
+    def each(self, model: nn.Module, x: Any, x_adv: Any, y: Tensor) -> Tensor:
+        found: Tensor = self.objective.each(model, x, x_adv, y)  # type: ignore[attr-defined]  # all of ours have it
+        return found
+
 
 @dataclass(frozen=True)
 class FinalForwardToo:
@@ -180,20 +258,21 @@ class FinalForwardToo:
 
 def weights_in_words(config: Train) -> str:
     """Which weights are measured and kept."""
-    average = config.optimizer.average
-    return f"moving average of w, decay {average:g}" if average else "w"
+    of = config.optimizer
+    if of.swa_from:
+        return f"mean of w at the ends of epochs after {of.swa_from:.0%} of training, BatchNorm re-estimated"
+    return f"moving average of w, decay {of.average:g}" if of.average else "w"
 
 
-def plan(config: Train) -> Plan:
-    """What `fit` does."""
-    of, awp = config.optimizer, config.awp
+def plan(config: Train, classes: int) -> Plan:
+    """What `fit` does, on images of so many classes."""
+    of, memory = config.optimizer, dict[str, Tensor]()
     rate = {
         "constant": constant(of.learning_rate),
         "piecewise": piecewise(of.learning_rate, DROPS),
         "cosine": cosine(of.learning_rate),
         "cyclic": cyclic(of.learning_rate),
     }[of.schedule]
-    gamma = from_progress(awp.warmup / of.epochs, constant(awp.gamma))
     starts = {"uniform": uniform, "gaussian": gaussian(1e-3), "zero": zero}
     pgd = replace(trained_against(config.attack).pgd(config.attack.steps), start=starts[config.attack.start])
     attacker = FinalForwardToo(pgd) if config.attack.final_forward else pgd
@@ -204,23 +283,39 @@ def plan(config: Train) -> Plan:
         learning_rate=warm_up(rate, of.warmup / of.epochs) if of.warmup else rate,
         objective=lambda t: pair,
         attack=lambda t: None if config.objective.name == "natural" else attacker,
-        ball=lambda t: Layerwise(gamma(t)) if gamma(t) > 0 else None,
+        ball=adversaries.ball(config),
         measure=trained_against(config.attack).pgd(config.evaluation.steps),
-        steps=awp.steps,
-        step_size=awp.step_size or None,
-        alternations=awp.alternations,
-        step_inside=awp.step_inside,
-        attack_mode=config.attack.mode,
+        step=adversaries.step(config, memory),
+        memory=memory,
         clean_forward=of.clean_forward == "after",
         augment=_augmentation(config),
+        mix=_mixing(config, classes),
+        extra_share=config.extra.share,
         average=of.average or None,
+        swa_from=of.swa_from or None,
         measure_batch_size=config.evaluation.batch_size,
         seed=config.seed,
     )
 
 
 def _augmentation(config: Train) -> Any:
-    if config.data.augment == "none":
-        return as_it_is
-    padding, mode = config.data.padding, config.data.padding_mode
-    return lambda images, generator: datasets.crop_flip(images, padding=padding, mode=mode, generator=generator)
+    data = config.data
+
+    def augmented(images: Tensor, generator: torch.Generator) -> Tensor:
+        if data.augment == "crop-flip":
+            images = datasets.crop_flip(images, padding=data.padding, mode=data.padding_mode, generator=generator)
+        return datasets.rotate(images, degrees=data.rotation, generator=generator) if data.rotation else images
+
+    return as_it_is if data.augment == "none" and data.rotation == 0 else augmented
+
+
+def _mixing(config: Train, classes: int) -> Any:
+    data = config.data
+
+    def mixed(x: Tensor, y: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        y = datasets.smoothed(y, classes, data.label_smoothing)
+        if data.mix == "mixup":
+            return datasets.mixup(x, y, data.mix_alpha, generator)
+        return datasets.cutmix(x, y, data.mix_alpha, generator) if data.mix == "cutmix" else (x, y)
+
+    return unmixed if data.mix == "none" and data.label_smoothing == 0 else mixed

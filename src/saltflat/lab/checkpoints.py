@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from saltflat.lab.config import BadInput
 from saltflat.lab.record import replacing
 
-KEYS = {"model", "optimizer", "average", "random", "random_cuda", "step", "epoch", "best"}  # of `train.Epoch.state`
+# Of `train.Epoch.state`
+KEYS = {"model", "optimizer", "average", "random", "random_cuda", "memory", "step", "epoch", "best", "before"}
 KEYS |= {"config"}  # a digest, so that a run does not go on under another one
 
 

@@ -66,14 +66,22 @@ Count = Annotated[int, Field(ge=1)]
 CountOrZero = Annotated[int, Field(ge=0)]
 
 
+DataName = Literal["digits", "cifar10", "cifar100", "svhn", "parquet", "folder", "npz"]
+Adversary = Literal["awp", "robust-wp", "random-wp", "m-rwp", "arwp", "sam", "asam", "kaggle", "fast"]
+DRAWN = ("random-wp", "m-rwp", "arwp")  # they climb no loss
+STEPPED = ("awp", "robust-wp", "sam", "asam", "kaggle")  # with any number of steps
+ALTERNATED = ("awp", "sam", "asam", "kaggle")  # they go on from a v
+
+
 @dataclass(frozen=True)
 class Data:
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
-    name: Literal["digits", "cifar10", "cifar100", "parquet"] = "digits"
-    """Which data: the bundled digits, an official CIFAR archive, or a folder of parquet files in hub layout."""
+    name: DataName = "digits"
+    """Which data: the bundled digits, an official CIFAR archive, a folder with SVHN's .mat files, a folder of parquet
+    files in hub layout, a folder of image folders by class, or an npz file of your own."""
     path: Path | None = None
-    """The archive, the folder it unpacks to, or the folder of parquet files. The digits need none."""
+    """The archive, the folder it unpacks to, or the folder or file of the others. The digits need none."""
     examples: CountOrZero = 0
     """Training examples, a stratified subset; 0 takes all that validation leaves."""
     validation_examples: Count = 200
@@ -84,6 +92,25 @@ class Data:
     """Pixels on each side before the crop."""
     padding_mode: Literal["zero", "reflect"] = "zero"
     """What the padding holds."""
+    rotation: Annotated[Number, Field(ge=0, le=180)] = 0.0
+    """Degrees, either way, that images are turned by at random, after the crop."""
+    mix: Literal["none", "mixup", "cutmix"] = "none"
+    """Two images and their labels in one, before the attack, so that all adversaries see the same."""
+    mix_alpha: Positive = 1.0
+    """Their shares are drawn from Beta(alpha, alpha)."""
+    label_smoothing: Share = 0.0
+    """Part of every label's probability that is spread over all classes."""
+
+
+@dataclass(frozen=True)
+class Extra:
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+
+    path: Path | None = None
+    """An npz file of labelled images (`image` and `label`, as published sets of generated images come), or the pickle
+    of RST's pseudo-labelled images."""
+    share: Annotated[Number, Field(ge=0, lt=1)] = 0.0
+    """Of every batch, rounded down; 0 takes none."""
 
 
 @dataclass(frozen=True)
@@ -104,16 +131,21 @@ class Model:
     """Subtracted from the input inside the network, per channel, in pixel units; none leaves it as it is."""
     std: tuple[Positive, ...] = ()
     """What the input is divided by then, per channel, in pixel units."""
+    activation: Literal["relu", "silu"] = "relu"
+    """Of wide-resnet; the others have ReLU."""
+    initial: Path | None = None
+    """A checkpoint, of ours or of others, whose weights training begins with. A last layer for another number of
+    classes is drawn anew."""
 
 
 @dataclass(frozen=True)
 class Objective:
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
-    name: Literal["natural", "at", "trades", "mart"] = "at"
+    name: Literal["natural", "at", "trades", "mart", "alp"] = "at"
     """What training minimises."""
     beta: NotNegative = 6.0
-    """Weight of the divergence in TRADES and MART; no unit."""
+    """Weight of the divergence in TRADES and MART, no unit; of the squared difference of logits in ALP."""
 
 
 @dataclass(frozen=True)
@@ -132,6 +164,9 @@ class Attack:
     """Where it starts: anywhere in the ball, 0.001 N(0, 1) beside x, or at x."""
     mode: Literal["eval", "train"] = "eval"
     """The network's mode in it: train feeds BatchNorm's running statistics with attacked images."""
+    replays: CountOrZero = 0
+    """m of free adversarial training: every batch is stepped on m times, each backward moves its attack on by one step
+    of step_size; steps, start and mode then say nothing. 0 trains as usual."""
     final_forward: bool = False
     """Run the network once more on the finished attack, as the official AT script does to compare restarts. In train
     mode that feeds the running statistics, too."""
@@ -141,18 +176,40 @@ class Attack:
 class Awp:
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
+    method: Adversary = "awp"
+    """Who perturbs the weights: AWP, or one of its neighbours."""
     gamma: NotNegative = 0.0
-    """Radius of the weight perturbation, relative to the norm of each layer; 0 is none."""
+    """Size of the weight perturbation; 0 is none. Relative to the norm of each layer (awp), of all weights (robust-wp),
+    of each filter and for every number in it (random-wp, m-rwp, arwp: sigma), to each weight (asam: rho; kaggle, fast:
+    eps), or in units of the weights (sam: rho)."""
     warmup: CountOrZero = 0
     """Epochs before it begins."""
     steps: Count = 1
     """K2, gradient evaluations of the weight ascent."""
     step_size: NotNegative = 0.0
-    """eta_2, in gamma's unit; 0 takes gamma / steps."""
+    """eta_2, in gamma's unit; 0 takes gamma / steps. For kaggle and fast, the step relative to each layer's norm; 0
+    takes 1 and gamma."""
     alternations: Count = 1
     """A, rounds of input and weight ascent."""
     step_inside: bool = False
     """Take the optimiser's step at w + v, as the official code does; else at w."""
+    share: Share = 1.0
+    """lambda, of the gradient at w + v; the rest is the gradient at w (WT-AWP: of the same batch; m-rwp: of its other
+    half)."""
+    truncated: bool = False
+    """Leave the last layer alone, as WT-AWP does."""
+    c: Positive = 1.7
+    """robust-wp climbs on examples whose loss is below this, in nats."""
+    increase: NotNegative = 0.0
+    """Sigma grows to (1 + increase) times gamma over training, along half a cosine (random-wp, m-rwp, arwp)."""
+    eta: NotNegative = 0.1
+    """How much less arwp draws where gradients were large; per squared gradient."""
+    beta: Share = 0.99
+    """What arwp keeps of them from step to step."""
+    shrink: Literal["filter", "coordinate"] = "filter"
+    """arwp shrinks noise by filters, as its code does, or by coordinates, as its paper does."""
+    offset: NotNegative = 0.01
+    """What lets asam move weights near 0, in units of the weights."""
 
 
 @dataclass(frozen=True)
@@ -171,10 +228,17 @@ class Optimizer:
     """Epochs of linear warm-up of the learning rate."""
     momentum: Annotated[Number, Field(ge=0, lt=1)] = 0.9
     """Of SGD; no unit."""
+    nesterov: bool = False
+    """Nesterov's form of it."""
     weight_decay: NotNegative = 5e-4
-    """On all parameters, as published."""
+    """Per step, of SGD; see decayed."""
+    decayed: Literal["all", "weights"] = "all"
+    """What decays: all parameters, as in AWP's scripts, or those of more than one dimension."""
     average: Annotated[Number, Field(ge=0, lt=1)] = 0.0
     """Decay per step of the moving average of weights that is then measured and kept; 0 keeps none."""
+    swa_from: Annotated[Number, Field(ge=0, lt=1)] = 0.0
+    """Share of training after which the weights at the ends of epochs are averaged, measured and kept (SWA); 0 keeps
+    no such average."""
     clean_forward: Literal["none", "inside", "after"] = "none"
     """An extra forward on clean images in train mode, for BatchNorm's running statistics alone: inside the loss as in
     the official TRADES script, or after the step as in the official AT script."""
@@ -209,6 +273,7 @@ class Train:
     """Epochs from one kept checkpoint to the next, epoch-N beside best and last; those before and after each drop of
     the learning rate are kept then, too. 0 keeps none."""
     data: Data = field(default_factory=Data)
+    extra: Extra = field(default_factory=Extra)
     model: Model = field(default_factory=Model)
     objective: Objective = field(default_factory=Objective)
     attack: Attack = field(default_factory=Attack)
@@ -257,6 +322,21 @@ def _check_together(config: Train) -> None:
         raise BadInput(f"model.width: {config.model.name} has none, expected 0, got {config.model.width}")
     if config.attack.norm == "Linf" and config.attack.eps > 1:
         raise BadInput(f"attack.eps: pixels lie in [0, 1], expected at most 1 (as in 8/255), got {config.attack.eps:g}")
+    _check_awp(config.awp)
+    if config.attack.replays > 0 and (config.awp.method == "m-rwp" or config.awp.alternations > 1):
+        raise BadInput(
+            f"attack.replays: expected 0 with awp.method m-rwp or with alternations, got {config.attack.replays}"
+        )
+    if config.attack.replays > 0 and (config.awp.share < 1 or config.awp.step_inside or config.awp.steps > 1):
+        raise BadInput(
+            "attack.replays: expected 0 with awp.share, awp.step_inside or awp.steps, "
+            f"which replays have none of, got {config.attack.replays}"
+        )
+    if config.attack.replays > 0 and config.attack.final_forward:
+        raise BadInput("attack.final_forward: expected false with attack.replays, got true")
+    if config.attack.replays > 0 and config.objective.name == "natural":
+        raise BadInput(f"attack.replays: natural training has no attack, expected 0, got {config.attack.replays}")
+    _check_labels(config)
     if config.awp.alternations > 1 and config.awp.gamma == 0:
         raise BadInput(f"awp.alternations: needs awp.gamma > 0, got {config.awp.alternations}")
     if config.awp.warmup > 0 and config.awp.alternations > 1:
@@ -268,10 +348,61 @@ def _check_together(config: Train) -> None:
         raise BadInput(
             f"model.std: expected as many numbers as model.mean ({len(config.model.mean)}), got {len(config.model.std)}"
         )
+    if config.model.activation != "relu" and config.model.name != "wide-resnet":
+        raise BadInput(f"model.activation: {config.model.name} has relu only, got {config.model.activation!r}")
+    if config.optimizer.nesterov and config.optimizer.momentum == 0:
+        raise BadInput("optimizer.nesterov: needs optimizer.momentum > 0, got true")
+    if config.optimizer.swa_from > 0 and config.optimizer.average > 0:
+        raise BadInput(f"optimizer.swa_from: expected 0 beside optimizer.average, got {config.optimizer.swa_from:g}")
     if config.model.name == "wide-resnet" and (config.model.depth - 4) % 6:
         raise BadInput(f"model.depth: expected 6 n + 4 for a wide-resnet, got {config.model.depth}")
     if config.data.augment == "crop-flip" and config.data.name == "digits":
         raise BadInput("data.augment: digits mean other things when mirrored; expected none, got 'crop-flip'")
+
+
+def _check_awp(awp: Awp) -> None:
+    """What does not go together in the weight adversary."""
+    name = awp.method
+    if awp.steps > 1 and name not in STEPPED:
+        raise BadInput(f"awp.steps: {name} has one, expected 1, got {awp.steps}")
+    if awp.step_size > 0 and (name in DRAWN or name == "robust-wp"):
+        raise BadInput(f"awp.step_size: {name} has none, expected 0, got {awp.step_size:g}")
+    if awp.alternations > 1 and name not in ALTERNATED:
+        raise BadInput(
+            f"awp.alternations: {name} does not go on from where it stood, expected 1, got {awp.alternations}"
+        )
+    if awp.step_inside and name == "m-rwp":
+        raise BadInput("awp.step_inside: m-rwp steps at w, expected false, got true")
+    if awp.share < 1 and awp.step_inside:
+        raise BadInput(f"awp.share: expected 1 with awp.step_inside, since the rest is taken at w, got {awp.share:g}")
+    if awp.increase > 0 and name not in DRAWN:
+        raise BadInput(f"awp.increase: {name} has a gamma that stays, expected 0, got {awp.increase:g}")
+    for of, fields in (("robust-wp", ("c",)), ("arwp", ("eta", "beta", "shrink")), ("asam", ("offset",))):
+        for leaf in fields:
+            value, usual = getattr(awp, leaf), getattr(Awp(), leaf)
+            if name != of and value != usual:
+                raise BadInput(f"awp.{leaf}: belongs to awp.method {of}; expected {usual!r} with {name}, got {value!r}")
+
+
+def _check_labels(config: Train) -> None:
+    """Extra data, and labels that are no classes."""
+    data = config.data
+    if config.extra.share > 0 and config.extra.path is None:
+        raise BadInput(
+            f"extra.path: expected a file of labelled images for a share of {config.extra.share:g}, got none"
+        )
+    if config.extra.share == 0 and config.extra.path is not None:
+        raise BadInput("extra.share: expected a number > 0 for the images of extra.path, got 0")
+    if config.extra.path is not None and int(config.extra.share * config.optimizer.batch_size) == 0:
+        raise BadInput(
+            f"extra.share: expected at least one image of a batch of {config.optimizer.batch_size}, "
+            f"got {config.extra.share:g}"
+        )
+    soft = "data.label_smoothing" if data.label_smoothing > 0 else "data.mix" if data.mix != "none" else None
+    if soft is not None and config.objective.name == "mart":
+        raise BadInput(f"{soft}: mart needs classes, not probabilities; expected none with it")
+    if data.mix == "none" and data.mix_alpha != Data().mix_alpha:
+        raise BadInput(f"data.mix_alpha: expected {Data().mix_alpha:g} without data.mix, got {data.mix_alpha:g}")
 
 
 def as_text(config: Train) -> str:

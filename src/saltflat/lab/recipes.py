@@ -3,7 +3,12 @@
 `at`, `at-awp`, `trades`, `trades-awp`, `mart`, `mart-awp` run on the bundled digits in seconds; with `cifar10-` or
 `cifar100-` before the name they have the published hyper-parameters (Wu, Xia, Wang, NeurIPS 2020, and the official
 scripts): PreActResNet-18 for AT, WideResNet-34-10 for TRADES and MART, gamma 0.01 for AT, 0.005 from the tenth epoch on
-else.
+else. `svhn-at` and `svhn-at-awp` are the scripts' SVHN.
+
+`at-NEIGHBOUR` is AT with another weight adversary (docs/family.md), at its published size, or on digits at one of ours
+where that was made for fine-tuning. `alp`, `fast-at`, `free-at`, `at-swa` and `rst` are other ways of adversarial
+training, each with and without AWP. `rst` and `generated` need labelled images beside the data (`--extra.path`); the
+latter is the setting of Wang et al., ICML 2023.
 
 `...-official` reproduces, besides, what the official scripts do without saying so. What they set, and why our default,
 which is what we hold to be right, does not:
@@ -16,10 +21,14 @@ which is what we hold to be right, does not:
                                                statistics.
     optimizer.clean_forward = inside (TRADES)  The clean logits are computed twice in the loss.
     data.padding_mode = reflect (AT on CIFAR-10)
+    data.rotation = 15 (AT on CIFAR-100)
 
-Not reproduced: the first batch of an epoch attacked in eval mode (AT on CIFAR-10), random rotations (AT on CIFAR-100),
-the rate that drops one epoch earlier (TRADES), the best epoch chosen on the test set, BatchNorm over half batches on
-two GPUs. MART has no official script with AWP: its AWP setting is TRADES'.
+Not reproduced: the first batch of an epoch attacked in eval mode (AT on CIFAR-10), the rate that drops one epoch
+earlier (TRADES), the best epoch chosen on the test set, BatchNorm over half batches on two GPUs. MART has no official
+script with AWP: its AWP setting is TRADES'. Of the others: momentum that moves with a cyclic rate, and a rate that
+peaks at 50 % (fast and free AT; here at 40 %); label smoothing (ALP); a rate that stays within an epoch, an attack on
+batch statistics, a decay of the average that grows at first, BatchNorm's momentum of 0.01 and padding on one side
+(generated).
 """
 
 from __future__ import annotations
@@ -27,7 +36,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Literal
 
-from saltflat.lab.config import Attack, Awp, Data, Evaluation, Model, Objective, Optimizer, Train
+from saltflat.lab.config import Attack, Awp, Data, Evaluation, Extra, Model, Objective, Optimizer, Train
 
 # Chosen so that plain AT visibly overfits within a demo; not published anywhere.
 DIGITS = Train(
@@ -79,38 +88,198 @@ def official(config: Train) -> Train:
     return replace(
         config,
         recipe=f"{config.recipe}-official",
-        data=replace(config.data, padding_mode="reflect" if at and config.data.name == "cifar10" else "zero"),
+        data=replace(
+            config.data,
+            padding_mode="reflect" if at and config.data.name == "cifar10" else "zero",
+            rotation=15.0 if at and config.data.name == "cifar100" else 0.0,
+        ),
         attack=replace(config.attack, mode="train" if at else "eval", final_forward=at),
         awp=replace(config.awp, step_inside=True),
         optimizer=replace(config.optimizer, clean_forward="after" if at else "inside"),
     )
 
 
-def _all() -> dict[str, Train]:
-    found = {}
+NEIGHBOURS = {
+    "robust-wp": Awp("robust-wp", gamma=0.01, steps=10),
+    "random-wp": Awp("random-wp", gamma=0.01),
+    "m-rwp": Awp("m-rwp", gamma=0.015, share=0.5),
+    "arwp": Awp("arwp", gamma=0.001, increase=10.0),
+    "wt-awp": Awp(gamma=0.01, share=0.5, truncated=True),
+    "sam": Awp("sam", gamma=0.05),
+    "asam": Awp("asam", gamma=0.5),
+    "kaggle-awp": Awp("kaggle", gamma=1e-4),
+    "fast-awp": Awp("fast", gamma=1e-3),
+}
+ON_DIGITS = {"kaggle-awp": 0.01, "fast-awp": 0.01}  # gamma, where the published one was made for fine-tuning
+
+
+def others(base: Train) -> dict[str, tuple[Train, Awp]]:
+    """Other ways of adversarial training from an AT recipe, each with what AWP is switched on by."""
+    eps, of, awp = base.attack.eps, base.optimizer, replace(AWP["at"])
+    few = base.data.name == "digits"
+    return {
+        "alp": (replace(base, objective=Objective("alp", 0.5)), awp),
+        "fast-at": (
+            replace(
+                base,
+                attack=replace(base.attack, step_size=1.25 * eps, steps=1),
+                optimizer=replace(of, epochs=15, learning_rate=0.2, schedule="cyclic"),
+            ),
+            awp,
+        ),
+        "free-at": (
+            replace(
+                base,
+                attack=replace(base.attack, step_size=eps, replays=4 if few else 8),
+                optimizer=replace(of, epochs=8 if few else 10, learning_rate=0.04, schedule="cyclic"),
+            ),
+            awp,
+        ),
+        "at-swa": (replace(base, optimizer=replace(of, swa_from=0.275)), awp),
+    }
+
+
+def rst(base: Train, model: Model) -> Train:
+    """Robust self-training (Carmon et al., NeurIPS 2019): TRADES, half of every batch pseudo-labelled."""
+    return replace(
+        base,
+        extra=Extra(share=0.5),
+        model=model,
+        objective=OBJECTIVES["trades"],
+        attack=replace(base.attack, start="gaussian"),
+    )
+
+
+def generated(base: Train) -> Train:
+    """Generated images (Wang et al., ICML 2023): TRADES, beta 5, 70 % of every batch generated."""
+    return replace(
+        base,
+        data=replace(base.data, validation_examples=1024, label_smoothing=0.1),
+        extra=Extra(share=0.7),
+        model=replace(base.model, name="wide-resnet", depth=28, widen_factor=10, activation="silu"),
+        objective=Objective("trades", 5.0),
+        optimizer=Optimizer(
+            epochs=400,
+            batch_size=512,
+            learning_rate=0.2,
+            schedule="cosine",
+            warmup=10,
+            nesterov=True,
+            decayed="weights",
+            average=0.995,
+        ),
+    )
+
+
+def _with_and_without(name: str, config: Train, awp: Awp) -> dict[str, Train]:
+    return {
+        name: replace(config, recipe=name),
+        f"{name}-awp": replace(config, recipe=f"{name}-awp", awp=awp),
+    }
+
+
+def _digits() -> dict[str, Train]:
+    found: dict[str, Train] = {}
     for objective, awp in AWP.items():
         for suffix, ball in (("", Awp()), ("-awp", awp)):
             found[objective + suffix] = _on_digits(objective + suffix, objective, ball)
-    archives: tuple[Literal["cifar10", "cifar100"], ...] = ("cifar10", "cifar100")
-    for data in archives:
-        for objective, awp in AWP.items():
-            for suffix, ball in (("", Awp()), ("-awp", awp)):
-                name = f"{data}-{objective}{suffix}"
-                found[name] = _on_cifar(name, data, objective, ball)
-                if objective != "mart":
-                    found[f"{name}-official"] = official(found[name])
-    return found
+    at = found["at"]
+    for name, awp in NEIGHBOURS.items():
+        sized = replace(awp, gamma=ON_DIGITS.get(name, awp.gamma))
+        found[f"at-{name}"] = replace(at, recipe=f"at-{name}", awp=sized)
+    for name, (config, awp) in others(at).items():
+        found |= _with_and_without(name, config, awp)
+    return found | _with_and_without("rst", rst(at, at.model), AWP["at"])
+
+
+def _cifar(data: Literal["cifar10", "cifar100"]) -> dict[str, Train]:
+    found: dict[str, Train] = {}
+    for objective, awp in AWP.items():
+        for suffix, ball in (("", Awp()), ("-awp", awp)):
+            name = f"{data}-{objective}{suffix}"
+            found[name] = _on_cifar(name, data, objective, ball)
+            if objective != "mart":
+                found[f"{name}-official"] = official(found[name])
+    at, trades = found[f"{data}-at"], found[f"{data}-trades"]
+    c = 1.7 if data == "cifar10" else 4.0
+    for name, awp in NEIGHBOURS.items():
+        sized = replace(awp, c=c) if name == "robust-wp" else awp
+        found[f"{data}-at-{name}"] = replace(at, recipe=f"{data}-at-{name}", awp=sized)
+    robust = replace(NEIGHBOURS["robust-wp"], gamma=0.005, warmup=9, c=c)
+    found[f"{data}-trades-robust-wp"] = replace(trades, recipe=f"{data}-trades-robust-wp", awp=robust)
+    for name, (config, awp) in others(at).items():
+        found |= _with_and_without(f"{data}-{name}", config, awp)
+    return found | _with_and_without(f"{data}-generated", generated(at), replace(AWP["trades"], warmup=10))
+
+
+def _rst_on_cifar10(trades: Train) -> dict[str, Train]:
+    config = rst(trades, replace(trades.model, depth=28))
+    config = replace(
+        config,
+        attack=replace(config.attack, eps=0.031, step_size=0.007),
+        optimizer=replace(trades.optimizer, batch_size=256, schedule="cosine", nesterov=True),
+    )
+    robust = replace(NEIGHBOURS["robust-wp"], gamma=0.005, warmup=9)
+    return {
+        **_with_and_without("cifar10-rst", config, AWP["trades"]),
+        "cifar10-rst-robust-wp": replace(config, recipe="cifar10-rst-robust-wp", awp=robust),
+    }
+
+
+def _svhn() -> dict[str, Train]:
+    config = replace(
+        CIFAR,
+        data=Data("svhn", validation_examples=1000),
+        model=replace(CIFAR.model, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5)),
+        attack=Attack(eps=8 / 255, step_size=1 / 255),
+        optimizer=replace(CIFAR.optimizer, learning_rate=0.01),
+    )
+    found = _with_and_without("svhn-at", config, Awp(gamma=0.01, warmup=5))
+    return found | {f"{name}-official": official(recipe) for name, recipe in found.items()}
+
+
+def _all() -> dict[str, Train]:
+    cifar10 = _cifar("cifar10")
+    return _digits() | cifar10 | _rst_on_cifar10(cifar10["cifar10-trades"]) | _cifar("cifar100") | _svhn()
 
 
 RECIPES: dict[str, Train] = _all()
 
 
+DATA = {"digits": "bundled digits", "cifar10": "CIFAR-10", "cifar100": "CIFAR-100", "svhn": "SVHN"}
+OBJECTIVE = {"natural": "Natural", "at": "AT", "trades": "TRADES", "mart": "MART", "alp": "ALP"}
+ADVERSARY = {
+    "awp": "AWP",
+    "robust-wp": "RobustWP",
+    "random-wp": "RandomWP",
+    "m-rwp": "m-RWP",
+    "arwp": "ARWP",
+    "sam": "SAM",
+    "asam": "ASAM",
+    "kaggle": "Kaggle AWP",
+    "fast": "fast AWP",
+}
+
+
+def adversary(awp: Awp) -> str:
+    """What the weight adversary is called; nothing where there is none."""
+    if not awp.gamma:
+        return ""
+    return "WT-AWP" if awp.method == "awp" and (awp.share < 1 or awp.truncated) else ADVERSARY[awp.method]
+
+
 def described(config: Train) -> str:
     """One line for lists and help."""
-    data = {"digits": "bundled digits", "cifar10": "CIFAR-10", "cifar100": "CIFAR-100"}.get(
-        config.data.name, config.data.name
-    )
-    method = {"natural": "Natural", "at": "AT", "trades": "TRADES", "mart": "MART"}[config.objective.name]
-    awp = f"-AWP (gamma {config.awp.gamma:g})" if config.awp.gamma else ""
+    data, method = DATA.get(config.data.name, config.data.name), OBJECTIVE[config.objective.name]
+    name = adversary(config.awp)
+    awp = f"-{name} (gamma {config.awp.gamma:g})" if name == "AWP" else f" + {name}" if name else ""
+    ways = [
+        f"free, {config.attack.replays} replays" if config.attack.replays else "",
+        "one-step attack" if config.attack.steps == 1 and not config.attack.replays else "",
+        f"{config.extra.share:.0%} extra data" if config.extra.share else "",
+        "SWA" if config.optimizer.swa_from else "",
+        "EMA" if config.optimizer.average else "",
+    ]
+    way = "".join(f", {words}" for words in ways if words)
     quirks = ", as the official script does it" if config.recipe.endswith("-official") else ""
-    return f"{method}{awp} on {data}, {config.model.name}, {config.optimizer.epochs} epochs{quirks}."
+    return f"{method}{awp}{way} on {data}, {config.model.name}, {config.optimizer.epochs} epochs{quirks}."

@@ -89,7 +89,7 @@ def from_run(
         },
         threat=trained_against(config.attack),
         objective=build.losses(config),
-        initial=lambda: build.network(config, sets.train).state_dict(),
+        initial=lambda: build.begun(config, sets.train).state_dict(),
     )
 
 

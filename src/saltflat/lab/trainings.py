@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from saltflat.data import Images
 from saltflat.lab import build, checkpoints, record
 from saltflat.lab.config import BadInput, Train
 from saltflat.lab.console import progress, say
@@ -36,7 +37,7 @@ class Ready:
 
 def train(config: Train, out: Path) -> None:
     """A new run in the folder `out`."""
-    ready = _ready(config)
+    ready = _ready(config, build.begun)
     gpu = ready.device.type == "cuda"
     where = torch.cuda.get_device_name(ready.device) if gpu else str(ready.device)
     versions = record.environment(where, torch.get_num_threads(), torch.version.cuda if gpu else None)
@@ -68,9 +69,10 @@ def resume(out: Path) -> None:
     path, metrics = out / "checkpoints" / "resume.pt", record.read_metrics(out)
     if not path.exists() and len(metrics) > 1:
         raise BadInput(f"run: {out} has {len(metrics)} epochs but no {path.name} to go on from")
-    ready, state = _ready(config), None
+    ready, state = _ready(config, build.network if path.exists() else build.begun), None
     if path.exists():
-        state = checkpoints.load_state(path, ready.model, config.optimizer.average > 0)
+        averaged = config.optimizer.average > 0 or config.optimizer.swa_from > 0
+        state = checkpoints.load_state(path, ready.model, averaged)
         if state["config"] != _identity(config):
             changed = out / "config.yaml"
             raise BadInput(f"run: {changed} was changed since the run began: put it back, or begin a new run")
@@ -85,7 +87,9 @@ def _identity(config: Train) -> str:
     """A digest of all that decides the numbers; where, and on how many threads, a run goes on may change, and what is
     kept of it.
     """
-    deciding = asdict(replace(config, device="", threads=0, data=replace(config.data, path=None)))
+    data, extra = replace(config.data, path=None), replace(config.extra, path=None)
+    deciding = asdict(replace(config, device="", threads=0, data=data, extra=extra))
+    del deciding["model"]["initial"]
     del deciding["keep_every"]
     return record.digest(deciding)
 
@@ -116,15 +120,15 @@ def drops(config: Train) -> list[int]:
     return [epoch for epoch in whole if epoch > 0]
 
 
-def _ready(config: Train) -> Ready:
+def _ready(config: Train, network: Callable[[Train, Images], nn.Module]) -> Ready:
     if config.threads > (os.cpu_count() or 1):
         raise BadInput(f"threads: expected at most this machine's {os.cpu_count()} cores, got {config.threads}")
     if config.threads:
         torch.set_num_threads(config.threads)
     device = build.device(config.device)
-    sets = build.sets(config)
+    sets = build.with_extra(build.sets(config), config)
     torch.manual_seed(derived_seed(config.seed))  # dropout draws from torch's global generator
-    model = build.network(config, sets.train).to(device)
+    model = network(config, sets.train).to(device)
     size = config.optimizer.batch_size
     normalised = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
     if normalised and (size == 1 or len(sets.train) % size == 1):
@@ -137,14 +141,15 @@ def _ready(config: Train) -> Ready:
 
 def _train(ready: Ready, out: Path, state: dict[str, Any] | None) -> None:
     config, model, sets = ready.config, ready.model, ready.sets
-    plan, done = build.plan(config), 0 if state is None else state["epoch"]
+    plan, done = build.plan(config, sets.train.num_classes), 0 if state is None else state["epoch"]
     parameters = sum(parameter.numel() for parameter in model.parameters())
     say(f"{config.recipe}, seed {config.seed}: {len(sets.train)} images, {parameters:,} parameters, in {out}")
     began = time.perf_counter()
     try:
         with progress() as bar:
             task = bar.add_task("training", total=None)
-            for event in fit(model, sets.train, sets.measured, plan, build.optimizer(config, model), state=state):
+            optimizer = build.optimizer(config, model)
+            for event in fit(model, sets.train, sets.measured, plan, optimizer, extra=sets.extra, state=state):
                 if isinstance(event, Stepped):
                     bar.update(task, total=event.steps, completed=event.step, description=f"epoch {event.epoch}")
                 elif isinstance(event, Epoch):
@@ -170,9 +175,14 @@ def _keep(out: Path, event: Epoch, config: Train) -> None:
 def _in_words(event: Epoch, epochs: int, left: float) -> str:
     metrics = event.metrics
     train, test, gap = metrics["train"], metrics["test"], metrics["gap"]
-    return (
+    line = (
         f"epoch {event.epoch:{len(str(epochs))}}/{epochs}  loss {metrics['loss']:.3f}  "
         f"robust train {train['robust_accuracy']:6.2%}  test {test['robust_accuracy']:6.2%}  "
         f"gap {gap['accuracy']:7.2%}  clean test {test['clean_accuracy']:6.2%}  {'best' if event.best else '    '}  "
         f"eta {int(left) // 60}:{int(left) % 60:02}"
     )
+    if metrics["dropped"]:
+        line += f"\n  {metrics['dropped']} batches were dropped: their gradients were not finite"
+    if metrics["collapsed"]:
+        line += "\n  catastrophic overfitting: robust accuracy on training images collapsed; the best epoch is kept"
+    return line

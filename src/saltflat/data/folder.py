@@ -1,0 +1,139 @@
+"""Folders of image files, one folder a class: `train/<class>/*` and `test/<class>/*` (or `val/`); and Tiny ImageNet.
+
+The classes are the names of the folders in `train/`, sorted: class 0 is the first of them. Files are sorted by their
+names, too, within each class. Source of Tiny ImageNet: the course CS231n, Stanford University,
+http://cs231n.stanford.edu/tiny-imagenet-200.zip.
+"""
+
+import os
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from saltflat.data.images import Images, Splits
+from saltflat.data.parquet import decoded
+
+
+def folder(path: str | os.PathLike[str]) -> Splits:
+    """Images (N, C, H, W), all of one size, from `train/<class>/` and `test/<class>/`.
+
+    Where there is no `test/`, the test set is `val/`; not every class has to occur in it. Every file in a folder of a
+    class has to be an image of a format that Pillow reads (PNG, JPEG, ...); what is hidden, by a dot that begins its
+    name, is passed over, and links are followed. Images become RGB (C = 3; transparency is dropped), or stay grey
+    (C = 1) when all of them, of both splits, are stored as 8-bit grey. Needs the extra `data` (pillow).
+
+    Raises FileNotFoundError for a missing folder, and ValueError, in one line, for a missing split or extra, for no
+    classes, a class without files, a class of the test set that is none of the training set, and for a file that cannot
+    be decoded or differs in size from the first training image (it is named).
+
+    >>> folder("no/such/folder")
+    Traceback (most recent call last):
+    FileNotFoundError: no/such/folder: not found; expected a folder with train/ and test/ (or val/)
+    """
+    root = Path(path)
+    if not root.is_dir():
+        raise FileNotFoundError(f"{root}: not found; expected a folder with train/ and test/ (or val/)")
+    train, test = root / "train", root / ("test" if (root / "test").is_dir() else "val")
+    for split, expected in ((train, "train/"), (test, "test/ or val/")):
+        if not split.is_dir():
+            raise ValueError(f"{root}: expected {expected} in it, with a folder for each class")
+    classes = _classes(train)
+    for each in _classes(test):
+        if each not in classes:
+            raise ValueError(f"{test / each}: expected one of the classes in {train}, which has none of that name")
+    return _splits(
+        root,
+        classes,
+        [_File(file, classes[each]) for each in classes for file in _files(train / each)],
+        [_File(file, classes[each]) for each in _classes(test) for file in _files(test / each)],
+    )
+
+
+def tiny_imagenet(path: str | os.PathLike[str]) -> Splits:
+    """100,000 training and 10,000 test images (N, 3, 64, 64) of 200 classes, from the folder tiny-imagenet-200.
+
+    The training images are `train/<wnid>/images/*`; the test images are those of `val/images/`, with the classes and in
+    the order of `val/val_annotations.txt`, since the published test set has no labels. Classes are the wnids, sorted.
+    Needs the extra `data` (pillow). Errors are those of `folder`, and ValueError, in one line, for annotations that
+    cannot be read, name another class, or name other files than there are.
+
+    >>> tiny_imagenet("no/such/folder")
+    Traceback (most recent call last):
+    FileNotFoundError: no/such/folder: not found; expected the folder tiny-imagenet-200, with train/ and val/
+    """
+    root = Path(path)
+    if not root.is_dir():
+        raise FileNotFoundError(f"{root}: not found; expected the folder tiny-imagenet-200, with train/ and val/")
+    train, val = root / "train", root / "val"
+    classes = _classes(train)
+    return _splits(
+        root,
+        classes,
+        [_File(file, classes[each]) for each in classes for file in _files(train / each / "images")],
+        _annotated(val / "val_annotations.txt", val / "images", classes),
+    )
+
+
+class _File(NamedTuple):
+    """One image file, and its class."""
+
+    path: Path
+    label: int
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    @property
+    def data(self) -> bytes:
+        return self.path.read_bytes()
+
+
+def _visible(place: Path) -> list[Path]:
+    found = [each for each in place.iterdir() if not each.name.startswith(".")] if place.is_dir() else []
+    return sorted(found, key=lambda each: each.name)
+
+
+def _classes(split: Path) -> dict[str, int]:
+    names = [each.name for each in _visible(split) if each.is_dir()]
+    if not names:
+        raise ValueError(f"{split}: expected a folder for each class in it, found none")
+    return {name: number for number, name in enumerate(names)}
+
+
+def _files(place: Path) -> list[Path]:
+    files = _visible(place)
+    if not files:
+        raise ValueError(f"{place}: expected images in it, found none")
+    return files
+
+
+def _annotated(annotations: Path, place: Path, classes: Mapping[str, int]) -> list[_File]:
+    """The files in the order of the lines; each is a name, a class, and the corners of a box, between tabs."""
+    try:
+        lines = annotations.read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{annotations}: cannot be read: {error}") from None
+    files = []
+    for number, line in enumerate(lines, start=1):
+        name, _, rest = line.partition("\t")
+        label = classes.get(rest.partition("\t")[0])
+        if label is None:
+            raise ValueError(f"{annotations}, line {number}: expected a file, a tab and a class, got {line!r}")
+        files.append(_File(place / name, label))
+    named, there = Counter(file.path for file in files), Counter(_files(place))
+    if unlike := (named - there) + (there - named):
+        raise ValueError(f"{annotations}: expected each file in {place} once, and no other; see {min(unlike).name}")
+    return files
+
+
+def _splits(root: Path, classes: Mapping[str, int], train: Sequence[_File], test: Sequence[_File]) -> Splits:
+    train_images, test_images = decoded(train, test)
+    train_labels, test_labels = (torch.tensor([file.label for file in files]) for files in (train, test))
+    name = root.resolve().name
+    return Splits(
+        Images(train_images, train_labels, len(classes), f"{name} train"),
+        Images(test_images, test_labels, len(classes), f"{name} test"),
+    )

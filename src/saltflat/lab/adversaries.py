@@ -1,0 +1,110 @@
+"""From a config to the weight adversary of a training: its ball at every moment, and the step that climbs in it.
+
+A method is a ball, a climb, which weights, and what is climbed; which of them are which stands in one row here, and
+docs/family.md has the formulas.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from saltflat.balls import Box, Ellipsoid, Global, Layerwise
+from saltflat.lab.config import Awp, Train
+from saltflat.neighbours.adaptive_random_wp import adaptively_drawn, by_coordinate, by_filter
+from saltflat.neighbours.free import free_step
+from saltflat.neighbours.kaggle import along_momentum
+from saltflat.neighbours.random_wp import Gaussian, drawn, increasing, two_batch_step
+from saltflat.neighbours.robust_wp import accumulated, below
+from saltflat.neighbours.weighted import all_but_last
+from saltflat.random import Generator
+from saltflat.schedules import constant, from_progress
+from saltflat.step import Climb, Radius, Step, double_perturbation_step
+from saltflat.weights import Where, default, perturbed, trained
+
+LAYERS = ("awp", "robust-wp", "kaggle", "fast")  # leave biases and norm layers alone
+
+
+def ball(config: Train) -> Callable[[float], Radius | None]:
+    """t -> the ball, or None while there is no weight adversary."""
+    awp = config.awp
+    course = increasing(awp.gamma, awp.increase) if awp.increase else constant(awp.gamma)
+    gamma = from_progress(awp.warmup / config.optimizer.epochs, course)
+    of: dict[str, Callable[[float], Radius]] = {
+        "awp": Layerwise,
+        "robust-wp": partial(Global, relative=True),
+        "random-wp": Gaussian,
+        "m-rwp": Gaussian,
+        "arwp": Gaussian,
+        "sam": Global,
+        "asam": partial(Ellipsoid, offset=awp.offset),
+        "kaggle": Box,
+        "fast": Box,
+    }
+    return lambda t: of[awp.method](gamma(t)) if gamma(t) > 0 else None
+
+
+def step(config: Train, memory: dict[str, Tensor]) -> Callable[..., Step]:
+    """The step of that method, called like `double_perturbation_step`; `memory` is what it keeps between steps."""
+    awp, attack = config.awp, config.attack
+
+    def taken(
+        model: nn.Module,
+        x: Tensor,
+        y: Tensor,
+        *,
+        optimizer: torch.optim.Optimizer,
+        generator: Generator,
+        objective: Any,
+        **given: Any,
+    ) -> Step:
+        given |= {"optimizer": optimizer, "generator": generator, "objective": objective, "where": _where(awp, model)}
+        climb = _climb(awp, memory, optimizer, generator)
+        if attack.replays > 0:
+            return free_step(model, x, y, replays=attack.replays, memory=memory, climb=climb, **given)
+        if awp.method == "m-rwp":
+            return two_batch_step(model, x, y, share=awp.share, attack_mode=attack.mode, **given)
+        return double_perturbation_step(
+            model,
+            x,
+            y,
+            climb=climb,
+            climbed=below(objective.each, awp.c) if awp.method == "robust-wp" else None,
+            share=awp.share,
+            attack_mode=attack.mode,
+            steps=awp.steps,
+            step_size=awp.step_size or None if awp.method not in ("kaggle", "fast") else None,
+            alternations=awp.alternations,
+            step_inside=awp.step_inside,
+            **given,
+        )
+
+    return taken
+
+
+def _where(awp: Awp, model: nn.Module) -> Where:
+    if awp.truncated:
+        return all_but_last(model)
+    return default if awp.method in LAYERS else trained
+
+
+def _climb(awp: Awp, memory: dict[str, Tensor], optimizer: torch.optim.Optimizer, generator: Generator) -> Climb:
+    shrink = by_filter if awp.shrink == "filter" else by_coordinate
+    found: dict[str, Climb] = {
+        "awp": perturbed,
+        "sam": perturbed,
+        "asam": perturbed,
+        "robust-wp": accumulated,
+        "random-wp": partial(drawn, generator=generator),
+        "m-rwp": partial(drawn, generator=generator),
+        "arwp": partial(
+            adaptively_drawn, generator=generator, memory=memory, eta=awp.eta, beta=awp.beta, shrink=shrink
+        ),
+        "kaggle": partial(perturbed, step=Layerwise(awp.step_size or 1.0)),
+        "fast": partial(along_momentum, optimizer=optimizer, step=Layerwise(awp.step_size or awp.gamma)),
+    }
+    return found[awp.method]

@@ -1,0 +1,132 @@
+"""ARWP: RandomWP with less noise where gradients are large.
+
+    e = u s(F),    u_j ~ N(0, sigma^2 ‖w_j‖^2 I)
+    F <- beta F + g^2,    g = grad L(w + e)
+
+    by_filter        s_j = (1 + eta sum_i F_ji)^(-1/2)      the authors' code: one factor a filter j
+                                                            (a number, in tensors of one dimension)
+    by_coordinate    s_ji = (1 + eta F_ji)^(-1/4)           the paper's covariance, sigma^2 / sqrt(1 + eta F)
+
+The two do not agree, so both are here. F is what steps remember: it stands in a dictionary that the caller keeps, and
+saves with the optimiser's state. It begins at 0, so that the first draw is RandomWP's, to the bit.
+
+Source: Li, Tao, Yan, Lei, Wu, Fang, He, Huang, TMLR 2024, arXiv 2404.00357.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from saltflat.balls import Weights
+from saltflat.neighbours.random_wp import Draws, Gaussian, refuse_steps
+from saltflat.random import Generator
+from saltflat.weights import Ascent, Closure, Where, chosen_weights, given_back, held, place, trained
+
+Shrink = Callable[[Tensor, float], Tensor]
+PREFIX = "squared_gradients."  # of the names in a memory
+
+
+def by_filter(squares: Tensor, eta: float) -> Tensor:
+    """(1 + eta sum_i F_ji)^(-1/2), one number a filter, in a shape that multiplies F.
+
+    >>> by_filter(torch.tensor([[1.0, 2.0], [0.0, 0.0]]), 1.0)
+    tensor([[0.5000],
+            [1.0000]])
+    """
+    if squares.ndim <= 1:
+        return (1 + eta * squares).rsqrt()
+    return (1 + eta * squares.flatten(1).sum(1)).rsqrt().reshape(-1, *[1] * (squares.ndim - 1))
+
+
+def by_coordinate(squares: Tensor, eta: float) -> Tensor:
+    """(1 + eta F)^(-1/4), one number a weight.
+
+    >>> by_coordinate(torch.tensor([[15.0, 0.0]]), 1.0)
+    tensor([[0.5000, 1.0000]])
+    """
+    return (1 + eta * squares).pow(-0.25)
+
+
+def adaptive_random_wp(
+    model: nn.Module,
+    sigma: float,
+    generator: Generator,
+    *,
+    memory: dict[str, Tensor],
+    eta: float = 0.1,
+    beta: float = 0.99,
+    shrink: Shrink = by_filter,
+    where: Where = trained,
+) -> AbstractContextManager[Ascent]:
+    """w + e inside the block, w to the bit afterwards; the memory learns from the block's gradients.
+
+    Args:
+        sigma: as in `random_wp`.
+        memory: {"squared_gradients." + name: F}, empty at first; changed when the block ends without an exception, from
+            `.grad` as it stands then: let it hold the gradient at w + e alone.
+        eta, beta: as published for CIFAR-100.
+        shrink: `by_filter` or `by_coordinate`.
+
+    >>> model, memory = nn.Linear(4, 2), {}
+    >>> with adaptive_random_wp(model, 0.01, torch.Generator().manual_seed(0), memory=memory):
+    ...     model(torch.rand(8, 4)).sum().backward()
+    >>> list(memory)
+    ['squared_gradients.weight', 'squared_gradients.bias']
+    """
+    return adaptively_drawn(
+        model, None, Gaussian(sigma), where=where, generator=generator,
+        memory=memory, eta=eta, beta=beta, shrink=shrink,
+    )  # fmt: skip
+
+
+@contextmanager
+def adaptively_drawn(
+    model: nn.Module,
+    loss: Closure | Sequence[Closure] | None,
+    ball: Draws,
+    *,
+    memory: dict[str, Tensor],
+    eta: float = 0.1,
+    beta: float = 0.99,
+    shrink: Shrink = by_filter,
+    steps: int = 1,
+    step_size: float | None = None,
+    start: Weights | None = None,
+    where: Where = trained,
+    step_inside: bool = False,
+    generator: Generator = None,
+) -> Iterator[Ascent]:
+    """A climb that is called like `perturbed`: `drawn`, with the memory's factors.
+
+    A gradient that is not finite is not remembered.
+
+    Raises: as `drawn`; ValueError for an eta below 0, and a beta outside [0, 1].
+    """
+    refuse_steps(steps, step_size, start)
+    if not eta >= 0:
+        raise ValueError(f"eta: expected a number >= 0, got {eta!r}")
+    if not 0 <= beta <= 1:
+        raise ValueError(f"beta: expected a number in [0, 1], got {beta!r}")
+    parameters = chosen_weights(model, where)
+    with given_back(parameters) as centre:
+        factors = {name: shrink(memory[PREFIX + name], eta) for name in centre if PREFIX + name in memory}
+        v = {name: e * factors[name] if name in factors else e for name, e in ball.sample(centre, generator).items()}
+        place(parameters, centre, v)
+        skipped = torch.stack([(e == 0).all() for e in v.values()]).sum()
+        del v, factors
+        with held(parameters, centre, None, skipped, step_inside) as ascent:
+            yield ascent
+        _remember(memory, parameters, beta)
+
+
+@torch.no_grad()
+def _remember(memory: dict[str, Tensor], parameters: dict[str, nn.Parameter], beta: float) -> None:
+    for name, parameter in parameters.items():
+        if parameter.grad is not None:
+            g = parameter.grad.to_dense() if parameter.grad.is_sparse else parameter.grad
+            before = memory.get(PREFIX + name, torch.zeros_like(g))
+            memory[PREFIX + name] = beta * before + torch.where(g.isfinite().all(), g.square(), 0)
