@@ -25,7 +25,7 @@ types: .venv/dev
 	$(BIN)/mypy
 
 examples: .venv/dev
-	$(BIN)/python examples/plain_loop.py
+	for script in examples/*.py; do echo $$script && $(BIN)/python $$script || exit 1; done
 
 check: test-all lint types examples ## all that continuous integration runs
 

@@ -126,7 +126,7 @@ def test_a_training_that_fails_is_rows_with_a_note(tmp_path):
     assert [row.model.name for row in found] == ["at-1e+30-last", "at-1e+30-best"]
     for row in found:
         assert row.model.targets == {}
-        assert "training failed: epoch 1: the training loss is not finite" in row.model.note
+        assert "training failed: epoch 2: the gradient of 2 of 2 batches was not finite" in row.model.note
         assert row.model.note in in_words(found)
 
 

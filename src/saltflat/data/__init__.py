@@ -1,9 +1,10 @@
-"""Images in memory as uint8, with readers for bundled and downloaded data sets, exact splits, and crop-and-flip."""
+"""Images in memory as uint8, with readers of bundled and downloaded data sets, exact splits, augmentation, mixing."""
 
 from saltflat.data.arrays import arrays
 from saltflat.data.augment import crop_flip, rotate
 from saltflat.data.cifar import cifar10, cifar100
 from saltflat.data.digits import digits
+from saltflat.data.download import SOURCES, Source, fetch
 from saltflat.data.folder import folder, tiny_imagenet
 from saltflat.data.image_arrays import image_arrays
 from saltflat.data.images import Images, Splits, stratified_split, stratified_subset, to_float
@@ -13,7 +14,9 @@ from saltflat.data.parquet import parquet
 from saltflat.data.svhn import svhn, svhn_extra
 
 __all__ = [
+    "SOURCES",
     "Images",
+    "Source",
     "Splits",
     "arrays",
     "cifar10",
@@ -21,6 +24,7 @@ __all__ = [
     "crop_flip",
     "cutmix",
     "digits",
+    "fetch",
     "folder",
     "image_arrays",
     "labelled",

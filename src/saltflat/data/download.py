@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from http.client import HTTPException, HTTPMessage, HTTPResponse
 from pathlib import Path
 from typing import IO
-from urllib.error import HTTPError
+from urllib.error import HTTPError, URLError
 from urllib.parse import urlsplit
 
 Progress = Callable[[int, int | None], None]
@@ -121,6 +121,7 @@ def fetch(
 
 
 def _is_there(file: Path, source: Source) -> bool:
+    """Whether the file is; an error if another one is, under its name."""
     if not file.exists():
         return False
     found = _md5(file)
@@ -208,4 +209,6 @@ class _WebRedirects(urllib.request.HTTPRedirectHandler):
 
 def _reason(error: Exception) -> str:
     """What went wrong, in one line."""
+    if isinstance(error, URLError) and isinstance(error.reason, Exception):
+        error = error.reason
     return " ".join(str(error).split()) or type(error).__name__

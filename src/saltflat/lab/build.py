@@ -73,6 +73,7 @@ def splits(data: Data) -> Splits:
         "svhn": datasets.svhn,
         "parquet": datasets.parquet,
         "folder": datasets.folder,
+        "tiny-imagenet": datasets.tiny_imagenet,
         "npz": datasets.image_arrays,
     }
     try:
@@ -107,10 +108,16 @@ def sets(config: Train) -> Sets:
 
 def with_extra(sets: Sets, config: Train) -> Sets:
     """The same, with the extra examples that training asks for."""
-    if config.extra.path is None:
+    path, own = config.extra.path, sets.train
+    if path is None:
         return sets
     try:
-        return replace(sets, extra=datasets.labelled(config.extra.path, like=sets.train))
+        if not path.is_dir():
+            return replace(sets, extra=datasets.labelled(path, like=own))
+        extra = datasets.svhn_extra(path)
+        if (extra.images.shape[1:], extra.num_classes) != (own.images.shape[1:], own.num_classes):
+            raise ValueError(f"{extra.name}: expected images and classes as {own.name} has them")
+        return replace(sets, extra=extra)
     except (OSError, ValueError) as error:
         raise BadInput(f"extra.path: {' '.join(str(error).split())}") from None
 

@@ -1,4 +1,5 @@
-"""The command line: `saltflat demo | recipes | train | evaluate | export | landscape | flatness | study | report`.
+"""The command line: `saltflat demo | recipes | download | train | label | evaluate | export | landscape | flatness |
+study | report`.
 
 Parsing and doing are apart: each command below only says what to do, as a function without arguments, so that bad
 input is one line on stderr and exit code 2 before anything was touched. torch is imported when the doing begins.
@@ -146,7 +147,8 @@ def evaluate(
         device: auto, cpu, cuda, or cuda:N.
         data_path: where the data are; default where the run's were.
         model: of a checkpoint of others: preact-resnet18, wide-resnet-DEPTH-WIDEN, vgg19-bn, or module:factory.
-        data: beside --model: digits, cifar10, cifar100, parquet, or npz (arrays x and y).
+        data: beside --model: digits, cifar10, cifar100, svhn, parquet, folder, tiny-imagenet, or npz (arrays
+            x and y).
         mean: beside --model: subtracted from the input, per channel, if the checkpoint's authors kept that outside.
         std: beside --model: what the input is divided by then.
         key: beside --model: where in the file the weights are, if it holds several.
@@ -482,10 +484,93 @@ def process(
     return job
 
 
+@study_command
+def compare(
+    recipes: Annotated[tuple[str, ...], Field(min_length=1), tyro.conf.Positional, tyro.conf.arg(metavar="RECIPE")],
+    set: tuple[str, ...] = (),
+    seeds: Count = 3,
+    attacks: Annotated[tuple[str, ...], Field(min_length=1)] = ("clean", "pgd-20", "cw-20"),
+    examples: CountOrZero = 0,
+    out: Folder = Path("studies/compare"),
+) -> Job:
+    """Does one recipe do better than another? Trains them with the same seeds, and pairs their differences on a page.
+
+    For AWP on generated images: `saltflat study compare cifar10-generated cifar10-generated-awp --set
+    data.path=cifar-10-python.tar.gz extra.path=1m.npz`.
+
+    Args:
+        recipes: their names.
+        set: FIELD=VALUE, changes to all of them, such as optimizer.epochs=100.
+        seeds: trainings of each.
+        attacks: on the best and the last checkpoint of each, as in `saltflat evaluate`.
+        examples: of the test set, stratified; 0 takes all.
+        out: folder of the runs and of report.html; what is finished there is kept, what is missing is made.
+    """
+
+    def job() -> None:
+        from saltflat.lab.study import compare
+
+        compare.study(recipes, set, seeds, attacks, examples, out)
+
+    return job
+
+
 @app.command
 def study() -> Job:
-    """Studies of many models, and of one over its epochs: `saltflat study gap`, `saltflat study process`."""
+    """Studies of many models, of some recipes, and of one model over its epochs: `saltflat study gap | compare |
+    process`.
+    """
     raise AssertionError("`parsed` goes to the studies' own commands")
+
+
+@command
+def download(
+    name: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="cifar10|cifar100|svhn|svhn-extra")],
+    out: Folder = Path("data"),
+) -> Job:
+    """Fetch a published data set: checked by its checksum; a transfer that broke off goes on when called again.
+
+    Args:
+        name: cifar10, cifar100, svhn, or svhn-extra.
+        out: folder for its files; what is there already and whole is not fetched again, what differs not overwritten.
+    """
+
+    def job() -> None:
+        from saltflat.lab import downloads
+
+        downloads.download(name, out)
+
+    return job
+
+
+@command
+def label(
+    run: RunOrCheckpoint,
+    images: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="NPZ")],
+    out: Path,
+    checkpoint: str = "best",
+    batch_size: Count = 512,
+    device: str = "auto",
+    data_path: Path | None = None,
+) -> Job:
+    """Label images by a network, for `--extra.path` of rst recipes.
+
+    Args:
+        run: a run folder, or a .safetensors file in one.
+        images: an npz file with `image`, uint8, (N, H, W, C) or (N, C, H, W), of the size that the network knows.
+        out: the file to write, an npz with `image` and `label`; it must not exist.
+        checkpoint: best (on validation), or last.
+        batch_size: images at a time.
+        device: auto, cpu, cuda, or cuda:N.
+        data_path: where the run's data are now; default where they were.
+    """
+
+    def job() -> None:
+        from saltflat.lab import labels, subjects
+
+        labels.label(subjects.from_run(run, checkpoint, device, None, data_path), images, out, batch_size)
+
+    return job
 
 
 @command

@@ -66,7 +66,8 @@ Count = Annotated[int, Field(ge=1)]
 CountOrZero = Annotated[int, Field(ge=0)]
 
 
-DataName = Literal["digits", "cifar10", "cifar100", "svhn", "parquet", "folder", "npz"]
+FETCHED = ("cifar10", "cifar100", "svhn")
+DataName = Literal["digits", "cifar10", "cifar100", "svhn", "parquet", "folder", "tiny-imagenet", "npz"]
 Adversary = Literal["awp", "robust-wp", "random-wp", "m-rwp", "arwp", "sam", "asam", "kaggle", "fast"]
 DRAWN = ("random-wp", "m-rwp", "arwp")  # they climb no loss
 STEPPED = ("awp", "robust-wp", "sam", "asam", "kaggle")  # with any number of steps
@@ -79,7 +80,7 @@ class Data:
 
     name: DataName = "digits"
     """Which data: the bundled digits, an official CIFAR archive, a folder with SVHN's .mat files, a folder of parquet
-    files in hub layout, a folder of image folders by class, or an npz file of your own."""
+    files in hub layout, a folder of image folders by class, Tiny ImageNet's folder, or an npz file of your own."""
     path: Path | None = None
     """The archive, the folder it unpacks to, or the folder or file of the others. The digits need none."""
     examples: CountOrZero = 0
@@ -107,8 +108,8 @@ class Extra:
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
     path: Path | None = None
-    """An npz file of labelled images (`image` and `label`, as published sets of generated images come), or the pickle
-    of RST's pseudo-labelled images."""
+    """An npz file of labelled images (`image` and `label`, as published sets of generated images come), the pickle of
+    RST's pseudo-labelled images, or the folder of SVHN's extra_32x32.mat."""
     share: Annotated[Number, Field(ge=0, lt=1)] = 0.0
     """Of every batch, rounded down; 0 takes none."""
 
@@ -315,7 +316,8 @@ def refusal(error: pydantic.ValidationError) -> BadInput:
 def _check_together(config: Train) -> None:
     """What no field can see alone."""
     if config.data.name != "digits" and config.data.path is None:
-        raise BadInput(f"data.path: expected the archive or folder of {config.data.name}, got none")
+        fetched = f"; `saltflat download {config.data.name}` fetches it" if config.data.name in FETCHED else ""
+        raise BadInput(f"data.path: expected the archive or folder of {config.data.name}, got none{fetched}")
     if config.data.name == "digits" and config.data.path is not None:
         raise BadInput(f"data.path: the digits are bundled, expected none, got {str(config.data.path)!r}")
     if config.model.name in ("preact-resnet18", "vgg19-bn", "wide-resnet") and config.model.width:

@@ -97,8 +97,8 @@ def from_run(
 class Foreign:
     """What a checkpoint of others does not say of itself.
 
-    network: see `models.published.named`. data: digits, cifar10, cifar100, parquet or npz, read from data_path. mean,
-    std, key: see `models.published.load`.
+    network: see `models.published.named`. data: digits, cifar10, cifar100, svhn, parquet, folder, tiny-imagenet or npz,
+    read from data_path. mean, std, key: see `models.published.load`.
     """
 
     network: str
@@ -132,7 +132,7 @@ def from_file(file: Path, about: Foreign, threat: Threat, device: str, out: Path
 
 
 def _splits(about: Foreign) -> dict[str, tuple[Tensor, Tensor]]:
-    kinds = ("digits", "cifar10", "cifar100", "parquet", "npz")
+    kinds = ("digits", "cifar10", "cifar100", "svhn", "parquet", "folder", "tiny-imagenet", "npz")
     if about.data not in kinds:
         raise BadInput(f"data: expected one of {', '.join(kinds)} beside --model, got {about.data or 'none'}")
     if about.data != "digits" and about.data_path is None:

@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from saltflat.lab.config import Attack, BadInput, Data, Evaluation, Model, Optimizer, Train
-from saltflat.lab.recipes import RECIPES
+from saltflat.lab.recipes import RECIPES, adversary
 
 Change = Mapping[str, Any]  # "awp.gamma" -> value
-NOT_AN_AXIS = ("recipe", "device", "threads", "keep_every", "data.path", "evaluation")
+NOT_AN_AXIS = ("recipe", "device", "threads", "keep_every", "data.path", "extra.path", "evaluation")
 SEEDS = (0, 1, 2)
 
 
@@ -99,6 +99,8 @@ PAPER = Grid(
         "data.augment": ("none",),
         "model.name": ("vgg19-bn",),
         "optimizer.average": (0.999,),
+        "data.label_smoothing": (0.1,),
+        "data.mix": ("mixup", "cutmix"),
     },
     floor=35.0,
     checkpoints=("last", "best"),  # the best is early stopping, AT-ES of the paper
@@ -153,7 +155,7 @@ def _leaves(prefix: str, tree: Any) -> Iterator[tuple[str, Any]]:
         if is_dataclass(value):
             yield from _leaves(f"{name}.", value)
         else:
-            yield name, list(value) if isinstance(value, tuple) else value
+            yield name, list(value) if isinstance(value, tuple) else str(value) if isinstance(value, Path) else value
 
 
 def _changed(config: Train, changes: Change) -> Train:
@@ -165,8 +167,9 @@ def _changed(config: Train, changes: Change) -> Train:
 
 
 def _named(config: Train) -> Train:
-    """The recipe's name says the objective, and whether weights are perturbed."""
-    return replace(config, recipe=config.objective.name + ("-awp" if config.awp.gamma else ""))
+    """The recipe's name says the objective, and who perturbs the weights."""
+    name = adversary(config.awp).lower().replace(" ", "-")
+    return replace(config, recipe=config.objective.name + (f"-{name}" if name else ""))
 
 
 def _method(recipe: str, grid: Grid) -> Change:
@@ -175,4 +178,9 @@ def _method(recipe: str, grid: Grid) -> Change:
     if recipe in grid.methods:
         raise BadInput(f"recipes: {recipe!r} is in the grid already; expected others")
     of = RECIPES[recipe]
+    usual = of.attack.replays == 0 and of.attack.steps == grid.base.attack.steps and of.extra == grid.base.extra
+    if not usual or of.optimizer.swa_from != grid.base.optimizer.swa_from:
+        raise BadInput(
+            f"recipes: a grid takes a recipe's objective and weight adversary alone, and {recipe!r} is more than that"
+        )
     return {"objective": of.objective, "awp": of.awp}

@@ -38,7 +38,7 @@ class Listed:
     name: Name
     file: Path
     network: str
-    data: Literal["digits", "cifar10", "cifar100", "parquet"]
+    data: Literal["digits", "cifar10", "cifar100", "svhn", "parquet", "folder", "tiny-imagenet"]
     eps: Positive
     norm: Literal["Linf", "L2"] = "Linf"
     step_size: Positive | None = None

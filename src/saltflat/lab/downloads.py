@@ -1,0 +1,32 @@
+"""The download behind `saltflat download`: published files into a folder, with a bar; what broke off goes on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from saltflat.data.download import SOURCES, Source, fetch
+from saltflat.lab.config import BadInput
+from saltflat.lab.console import progress, say
+from saltflat.lab.record import alone, check_folder
+
+
+def download(name: str, out: Path) -> None:
+    """All files of one data set, each whole and with its published checksum."""
+    if name not in SOURCES:
+        raise BadInput(f"name: expected one of {', '.join(SOURCES)}, got {name!r}")
+    check_folder("out", out)
+    for source in SOURCES[name]:
+        say(f"{source.name}: {_fetched(source, out)}")
+
+
+def _fetched(source: Source, out: Path) -> Path:
+    with alone(out / f"{source.file}.lock"), progress() as bar:
+        task = bar.add_task(source.name, total=None)
+
+        def seen(done: int, total: int | None) -> None:
+            bar.update(task, completed=done // 1024, total=None if total is None else total // 1024)
+
+        try:
+            return fetch(source, out, progress=seen)
+        except ValueError as error:  # a checksum that is wrong; OSErrors have lines of their own
+            raise BadInput(f"out: {error}") from None

@@ -1,0 +1,85 @@
+"""The study behind `saltflat study compare`: some recipes, the same seeds for each, evaluated and on one page, whose
+differences are paired over seeds. It asks whether one recipe is better than another under the same changes to both:
+AWP or none on generated images, say.
+
+Everything in it is what the other commands do; what is finished is kept, a training that was interrupted goes on.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from saltflat.lab import trainings
+from saltflat.lab.config import BadInput, Train, checked
+from saltflat.lab.console import report, say
+from saltflat.lab.evaluations import How, evaluation
+from saltflat.lab.recipes import RECIPES
+from saltflat.lab.subjects import from_run
+from saltflat.lab.threat import columns, trained_against
+
+CHECKPOINTS = ("best", "last")
+
+
+def study(
+    recipes: Sequence[str], changes: Sequence[str], seeds: int, attacks: Sequence[str], examples: int, out: Path
+) -> None:
+    """Train, evaluate, and write `out`/report.html."""
+    began = time.perf_counter()
+    runs = configs(recipes, changes, seeds, out)
+    trainings.check_free(runs)
+    for config in runs.values():
+        columns(attacks, trained_against(config.attack))  # BadInput before anything is trained
+    for folder, config in runs.items():
+        trainings.made(config, folder)
+        for checkpoint in CHECKPOINTS:
+            evaluation(from_run(folder, checkpoint), tuple(attacks), "test", examples, How())
+    path = report(list(runs), out / "report.html")
+    say(f"done in {time.perf_counter() - began:.0f} s; open {path} in a browser")
+
+
+def configs(recipes: Sequence[str], changes: Sequence[str], seeds: int, out: Path) -> dict[Path, Train]:
+    """The run folders and their configs: every recipe with every change and every seed.
+
+    >>> list(configs(["at", "at-awp"], ["attack.eps=8/255"], 1, Path("runs")))
+    [PosixPath('runs/at-seed0'), PosixPath('runs/at-awp-seed0')]
+    """
+    for i, name in enumerate(recipes):
+        if name not in RECIPES:
+            raise BadInput(f"recipes: expected names that `saltflat recipes` lists, got {name!r}")
+        if name in recipes[:i]:
+            raise BadInput(f"recipes: expected each once, got {name!r} again")
+    return {
+        out / f"{name}-seed{seed}": changed(replace(RECIPES[name], seed=seed), changes)
+        for name in recipes
+        for seed in range(seeds)
+    }
+
+
+def changed(config: Train, changes: Sequence[str]) -> Train:
+    """The config with `section.field=value` in place of what it had; BadInput for fields and values that do not exist.
+
+    >>> changed(RECIPES["at"], ["optimizer.epochs=2"]).optimizer.epochs
+    2
+    """
+    tree = asdict(config)
+    for change in changes:
+        name, equals, text = change.partition("=")
+        if not equals:
+            raise BadInput(f"set: expected FIELD=VALUE, such as optimizer.epochs=2, got {change!r}")
+        *sections, leaf = name.split(".")
+        inner: Any = tree
+        for section in sections:
+            inner = inner.get(section) if isinstance(inner, dict) else None
+        if not isinstance(inner, dict) or leaf not in inner or leaf in ("recipe", "seed"):
+            raise BadInput(f"set: expected the name of a recipe's field, such as optimizer.epochs, got {name!r}")
+        try:
+            inner[leaf] = yaml.safe_load(text)
+        except yaml.YAMLError:
+            raise BadInput(f"set: expected a value for {name}, got {text!r}") from None
+    return checked(tree)

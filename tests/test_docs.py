@@ -1,0 +1,70 @@
+"""What the pages in docs/ say can be done is done here, and their tables are about what there is."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from saltflat.lab.cli import parsed
+from saltflat.lab.recipes import RECIPES
+
+DOCS = Path(__file__).parent.parent / "docs"
+PAGES = {path.name: path.read_text() for path in sorted(DOCS.glob("*.md"))}
+
+
+def blocks(page: str, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", PAGES[page], re.DOTALL | re.MULTILINE)
+
+
+COMMANDS = [
+    (page, line.partition("#")[0].strip())
+    for page in PAGES
+    for block in blocks(page, "sh")
+    for line in block.splitlines()
+    if line.startswith("saltflat ")
+]
+
+
+@pytest.mark.parametrize(("page", "command"), COMMANDS)
+def test_the_commands_can_be_parsed(page, command):
+    assert callable(parsed(shlex.split(command)[1:]))
+
+
+def test_the_python_blocks_of_the_family_run_one_after_the_other():
+    names: dict[str, object] = {}
+    for block in blocks("family.md", "python"):
+        exec(block, names)
+    assert len(blocks("family.md", "python")) == 2
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", PAGES[page]):
+        assert target.startswith("https://") or (DOCS / target).exists(), target
+
+
+def test_anchors_are_headings():
+    pages = PAGES | {"../README.md": (DOCS.parent / "README.md").read_text()}
+    for page in PAGES:
+        for target, anchor in re.findall(r"\]\(([^)#]*)#([^)]+)\)", PAGES[page]):
+            headings = re.findall(r"^#+ (.+)$", pages[target or page], re.MULTILINE)
+            slugs = [re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings]
+            assert anchor in slugs, (page, anchor)
+
+
+NAMED = set(
+    re.findall(
+        r"`((?:cifar100?-|svhn-)?(?:at|trades|mart|alp|rst|fast|free|generated)[a-z-]*)`", "".join(PAGES.values())
+    )
+)
+
+
+def test_recipes_that_are_named_exist():
+    assert NAMED
+    assert not {name for name in NAMED if name not in RECIPES}
+
+
+@pytest.mark.parametrize("name", [name for name, config in RECIPES.items() if config.data.name == "digits"])
+def test_every_method_stands_in_the_family(name):
+    assert name in NAMED or name.removesuffix("-awp") in NAMED

@@ -1,0 +1,235 @@
+"""Every loop of docs/loops.md runs, and trains as the plain one does."""
+
+import copy
+import logging
+import os
+import re
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from lightning.fabric import Fabric
+from networks import convolutional, equal_states, state
+from torch.utils.data import DataLoader, TensorDataset
+
+from saltflat import perturbed
+from saltflat.random import seeded
+from saltflat.step import in_mode
+
+PAGE = Path(__file__).parent.parent / "docs" / "loops.md"
+TEXT = PAGE.read_text()
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*does not have many workers:UserWarning"),
+    pytest.mark.filterwarnings("ignore:.*LeafSpec.* is deprecated:FutureWarning"),
+]
+
+
+def blocks():
+    """All names of the page's blocks, run one after the other."""
+    names = {"__name__": "loops"}
+    for block in re.findall(r"^```python\n(.*?)^```", TEXT, re.DOTALL | re.MULTILINE):
+        exec(block, names)
+    return names
+
+
+@pytest.fixture(scope="module")
+def page():
+    return blocks()
+
+
+@pytest.fixture(autouse=True)
+def _alone():
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    assert not PartialState().use_distributed
+
+
+def network(dtype=torch.float32, batch_norm=True):
+    return convolutional(batch_norm).to(dtype)
+
+
+def batches(dtype=torch.float32, n=32):
+    x, y = torch.rand(n, 3, 6, 6, dtype=torch.float64, generator=seeded(1)).to(dtype), torch.arange(n) % 3
+    return list(zip(x.split(8), y.split(8), strict=True))
+
+
+def trained(loop, model, *arguments):
+    model = copy.deepcopy(model).train()
+    loop(model, *arguments)
+    return state(model)
+
+
+def test_every_loop_of_the_page_is_tested(page):
+    loops = {name for name, value in page.items() if getattr(value, "__module__", None) == "loops"} - {"sgd"}
+    assert loops == {"plain", "accumulated", "mixed", "Classifier", "lightning", "with_fabric", "with_accelerate"}
+    assert TEXT.count("```python") == 7
+
+
+def test_the_pages_links_lead_somewhere():
+    targets = re.findall(r"\]\(([^)#]+)\)", TEXT)
+    assert len(targets) == 2
+    for target in targets:
+        assert (PAGE.parent / target).is_file()
+
+
+def test_accumulation_is_the_plain_loop(page):
+    """To 1e-12 in float64, without BatchNorm, also where micro-batches are not equal."""
+    model = network(torch.float64, batch_norm=False)
+    expected = trained(page["plain"], model, batches(torch.float64, 30))
+    assert not equal_states(expected, state(model))
+    for parts in (2, 3):
+        for name, tensor in trained(page["accumulated"], model, batches(torch.float64, 30), parts).items():
+            torch.testing.assert_close(tensor, expected[name], rtol=0, atol=1e-12)
+
+
+def test_a_scaler_changes_no_bit(page):
+    """The page's loop under autocast, against one without the scale."""
+
+    def unscaled(model, batches):
+        optimizer, generator = page["sgd"](model), seeded(0)
+        for x, y in batches:
+            with in_mode(model, "eval"), torch.autocast("cpu", torch.bfloat16):
+                x_adv = page["attack"](page["objective"].inner(model, x, y), x, generator=generator)
+
+            def loss():
+                with torch.autocast("cpu", torch.bfloat16):
+                    return page["objective"].outer(model, x, x_adv, y)  # noqa: B023  # called at once, below
+
+            optimizer.zero_grad()
+            with perturbed(model, loss, page["ball"]):
+                loss().backward()
+            optimizer.step()
+
+    model = network()
+    assert equal_states(trained(page["mixed"], model, batches()), trained(unscaled, model, batches()))
+
+
+def one_v_each(page, model, batches, start_of, accumulate=1):
+    """The plain loop with an ascent for every micro-batch; `start_of(index)` draws the attack's start."""
+    optimizer, objective = page["sgd"](model), page["objective"]
+    for index, (x, y) in enumerate(batches):
+        with in_mode(model, "eval"):
+            x_adv = page["attack"](objective.inner(model, x, y), x, generator=start_of(index))
+
+        loss = partial(objective.outer, model, x, x_adv, y)
+        with perturbed(model, loss, page["ball"]):
+            (loss() / accumulate).backward()
+        if (index + 1) % accumulate == 0:
+            optimizer.step()
+            optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_lightning_is_the_plain_loop_to_the_bit(page, accumulate):
+    model, data = network(), TensorDataset(*(torch.cat(parts) for parts in zip(*batches(), strict=True)))
+    quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
+    loop = partial(page["lightning"], accelerator="cpu", accumulate_grad_batches=accumulate, **quiet)
+    found = trained(loop, model, DataLoader(data, batch_size=8))
+    expected = trained(partial(one_v_each, page), model, batches(), lambda index: seeded(0, 0, index), accumulate)
+    assert equal_states(found, expected)
+
+
+def fabric(precision):
+    return Fabric(accelerator="cpu", devices=1, precision=precision)
+
+
+def test_fabric_is_the_plain_loop_to_the_bit(page):
+    model = network()
+    found = trained(lambda model, batches: page["with_fabric"](fabric("32-true"), model, batches), model, batches())
+    assert equal_states(found, trained(page["plain"], model, batches()))
+
+
+def under_bf16(page, model, batches, rounded):
+    """The plain loop under autocast; `rounded` is what training's forward does to its input."""
+    optimizer, generator, objective = page["sgd"](model), seeded(0), page["objective"]
+    for x, y in batches:
+        with in_mode(model, "eval"), torch.autocast("cpu", torch.bfloat16):
+            x_adv = page["attack"](objective.inner(model, x, y), x, generator=generator)
+
+        def loss(x_adv):
+            with torch.autocast("cpu", torch.bfloat16):
+                return objective.outer(model, x, x_adv, y)  # noqa: B023  # called at once, below
+
+        optimizer.zero_grad()
+        with perturbed(model, partial(loss, x_adv), page["ball"]):
+            loss(rounded(x_adv)).backward()
+        optimizer.step()
+
+
+def test_fabric_in_bf16_is_the_plain_loop_under_autocast(page):
+    model = network()
+    found = trained(lambda model, batches: page["with_fabric"](fabric("bf16-mixed"), model, batches), model, batches())
+    expected = trained(partial(under_bf16, page), model, batches(), torch.Tensor.bfloat16)
+    assert equal_states(found, expected)
+
+
+def test_fabric_refuses_the_ascent_through_what_it_wrapped(page):
+    """Why the page does not do that."""
+    one = fabric("bf16-mixed")
+    wrapped = one.setup(network())
+    with pytest.raises(RuntimeError, match=r"requires you to call `fabric.backward\(loss\)`"):
+        with perturbed(wrapped, lambda: wrapped(batches()[0][0]).sum(), page["ball"]):
+            pass
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_accelerate_is_the_plain_loop_to_the_bit(page, accumulate):
+    model, accelerator = network(), Accelerator(cpu=True, gradient_accumulation_steps=accumulate)
+    found = trained(lambda model, batches: page["with_accelerate"](accelerator, model, batches), model, batches())
+    generator = seeded(0)
+    expected = trained(partial(one_v_each, page), model, batches(), lambda index: generator, accumulate)
+    assert equal_states(found, expected)
+    assert equal_states(found, trained(page["plain"], model, batches())) == (accumulate == 1)
+
+
+def test_accelerate_in_bf16_is_the_plain_loop_under_autocast(page):
+    model, accelerator = network(), Accelerator(cpu=True, mixed_precision="bf16")
+    found = trained(lambda model, batches: page["with_accelerate"](accelerator, model, batches), model, batches())
+    assert equal_states(found, trained(partial(under_bf16, page), model, batches(), torch.Tensor.float))
+
+
+RANKS = """
+import os, sys, torch, test_loops
+torch.set_num_threads(1)
+page, model, rank = test_loops.blocks(), test_loops.fixed(), int(os.environ["RANK"])
+page["attack"] = lambda f, x, generator: x
+share = [(x[rank::2], y[rank::2]) for x, y in test_loops.batches()]
+if sys.argv[1] == "fabric":
+    one = test_loops.Fabric(accelerator="cpu", devices=2, strategy="ddp", precision="32-true")
+    one.launch()
+    page["with_fabric"](one, model, share)
+else:
+    page["with_accelerate"](test_loops.Accelerator(cpu=True), model, share)
+if rank == 0:
+    torch.save(test_loops.state(model), sys.argv[2])
+"""
+
+
+def fixed():
+    torch.manual_seed(0)
+    return network(batch_norm=False).train()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("framework", ["fabric", "accelerate"])
+def test_two_ranks_with_half_the_batch_each_are_the_plain_loop(framework, tmp_path):
+    """To 1e-7 in float32: v is the whole batch's, and each rank's the same."""
+    page, expected = blocks(), fixed()
+    page["attack"] = lambda f, x, generator: x
+    page["plain"](expected, batches())
+    script, found = tmp_path / "ranks.py", tmp_path / "weights.pt"
+    script.write_text(RANKS)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    tests = str(Path(__file__).parent)
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join((tests, str(PAGE.parent.parent)))}
+    subprocess.run([*command, script, framework, found], check=True, env=environment, capture_output=True, timeout=200)
+    for name, tensor in torch.load(found).items():
+        torch.testing.assert_close(tensor, expected.state_dict()[name], rtol=0, atol=1e-7)

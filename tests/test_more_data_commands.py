@@ -1,0 +1,230 @@
+"""Downloads, labels, extra images, weights to begin with, and recipes side by side, as a person types them."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from commands import QUICK, run
+from networks import equal_states
+
+from saltflat.data import digits
+from saltflat.data.download import Source
+from saltflat.lab import build, downloads, record
+from saltflat.lab.checkpoints import load_weights
+from saltflat.lab.config import BadInput
+from saltflat.lab.recipes import RECIPES
+from saltflat.lab.study.compare import changed, configs
+
+
+def refused(capsys, *arguments):
+    with pytest.raises(SystemExit) as stop:
+        run(*arguments)
+    assert stop.value.code == 2
+    line = capsys.readouterr().err
+    assert line.count("\n") == 1
+    return line
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs") / "at"
+    run("train", "at", *QUICK, "--out", out)
+    return out
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    path = tmp_path_factory.mktemp("images") / "unlabelled.npz"
+    np.savez(path, image=digits().train.images[:50].permute(0, 2, 3, 1).numpy())
+    return path
+
+
+def test_labels_are_those_of_the_network(trained, images, tmp_path):
+    out = tmp_path / "labelled.npz"
+    run("label", trained, images, "--out", out, "--checkpoint", "last", "--batch-size", "7")
+    found = np.load(out)
+    config = record.read_config(trained)
+    model = build.network(config, digits().train).eval()
+    load_weights(trained / "checkpoints" / "last.safetensors", model)
+    with torch.no_grad():
+        expected = model(digits().train.images[:50] / 255).argmax(1)
+    assert found["label"].tolist() == expected.tolist()
+    assert np.array_equal(found["image"], np.load(images)["image"])
+
+
+def test_labelling_refuses_what_it_cannot_use(trained, images, tmp_path, capsys):
+    there = tmp_path / "there.npz"
+    there.write_text("mine")
+    assert "out: expected a file that does not exist" in refused(capsys, "label", trained, images, "--out", there)
+    assert there.read_text() == "mine"
+    other = tmp_path / "other.npz"
+    np.savez(other, image=np.zeros((4, 9, 9, 1), np.uint8))
+    words = refused(capsys, "label", trained, other, "--out", tmp_path / "new.npz")
+    assert "images: expected shape (1, 8, 8), as the network was trained on, got (1, 9, 9)" in words
+    cut = tmp_path / "cut.npz"
+    cut.write_bytes(images.read_bytes()[:100])
+    assert "images: " in refused(capsys, "label", trained, cut, "--out", tmp_path / "new.npz")
+    assert "ends in .npz" in refused(capsys, "label", trained, images, "--out", tmp_path / "new.txt")
+    assert not (tmp_path / "new.npz").exists()
+
+
+def test_self_training_in_three_commands(trained, images, tmp_path):
+    labelled = tmp_path / "labelled.npz"
+    run("label", trained, images, "--out", labelled)
+    run("train", "rst-awp", *QUICK, "--extra.path", labelled, "--out", tmp_path / "rst")
+    shutil.move(labelled, tmp_path / "elsewhere.npz")  # what was trained is measured without it
+    run("evaluate", tmp_path / "rst", "--examples", "20", "--attacks", "clean")
+    assert [line["epoch"] for line in record.read_metrics(tmp_path / "rst")] == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("arrays", "words"),
+    [
+        ({"image": np.zeros((4, 9, 9, 1), np.uint8), "label": np.zeros(4, np.int64)}, "extra.path: "),
+        ({"image": np.zeros((4, 8, 8, 3), np.uint8), "label": np.zeros(4, np.int64)}, "extra.path: "),
+        ({"image": np.zeros((4, 8, 8, 1), np.uint8), "label": np.full(4, 10)}, "extra.path: "),
+        ({"image": np.zeros((4, 8, 8, 1), np.uint8)}, "extra.path: "),
+    ],
+    ids=["size", "channels", "classes", "no labels"],
+)
+def test_extra_images_that_do_not_fit_are_refused_before_work(arrays, words, tmp_path, capsys):
+    path, out = tmp_path / "extra.npz", tmp_path / "run"
+    np.savez(path, **arrays)
+    assert words in refused(capsys, "train", "rst", *QUICK, "--extra.path", path, "--out", out)
+    assert not out.exists()
+
+
+def test_training_begins_with_the_weights_of_a_checkpoint_and_goes_on_without_it(trained, tmp_path, capsys):
+    initial = tmp_path / "begin.safetensors"
+    shutil.copy(trained / "checkpoints" / "last.safetensors", initial)
+    out = tmp_path / "tuned"
+    run("train", "at", *QUICK, "--model.initial", initial, "--out", out)
+    config = record.read_config(out)
+    begun = build.begun(config, digits().train)
+    expected = build.network(config, digits().train)
+    load_weights(initial, expected)
+    assert equal_states(begun.state_dict(), expected.state_dict())
+    initial.unlink()
+    run("train", "--resume", out)
+    assert "is finished" in capsys.readouterr().out
+    wrong = refused(capsys, "train", "at", *QUICK, "--model.width", "5", "--model.initial", out / "nothing.pt")
+    assert "model.initial: " in wrong
+    other = out / "checkpoints" / "last.safetensors"
+    wrong = refused(capsys, "train", "at", *QUICK, "--model.width", "5", "--model.initial", other)
+    assert "another architecture" in wrong
+
+
+def test_a_last_layer_for_another_number_of_classes_is_drawn_anew(trained):
+    config = record.read_config(trained)
+    config = changed(config, [f"model.initial={trained / 'checkpoints' / 'last.safetensors'}"])
+    read = digits().train
+    fewer = type(read)(read.images[read.labels < 4], read.labels[read.labels < 4], 4, "few")
+    begun, drawn = build.begun(config, fewer).state_dict(), build.network(config, fewer).state_dict()
+    old = build.begun(config, read).state_dict()
+    head = [name for name in begun if begun[name].shape != old[name].shape]
+    assert len(head) == 2
+    for name in begun:
+        assert torch.equal(begun[name], drawn[name] if name in head else old[name])
+
+
+def test_recipes_side_by_side(tmp_path, capsys):
+    sets = [
+        "data.examples=60", "data.validation_examples=20", "optimizer.epochs=1", "model.width=4", "attack.eps=8/255",
+        "evaluation.examples=30", "attack.steps=2", "evaluation.steps=2", "threads=1",
+    ]  # fmt: skip
+    command = [
+        "study",
+        "compare",
+        "fast-at",
+        "free-at-awp",
+        "--set",
+        *sets,
+        "--seeds",
+        "2",
+        "--attacks",
+        "clean",
+        "fgsm",
+    ]
+    run(*command, "--examples", "30", "--out", tmp_path / "c")
+    assert {path.name for path in (tmp_path / "c").iterdir()} == {
+        "fast-at-seed0", "fast-at-seed1", "free-at-awp-seed0", "free-at-awp-seed1", "report.html",
+    }  # fmt: skip
+    for folder in (tmp_path / "c").glob("*-seed?"):
+        config = record.read_config(folder)
+        assert (config.attack.eps, config.optimizer.epochs) == (8 / 255, 1)
+        assert {json.loads(path.read_text())["checkpoint"] for path in (folder / "outcomes").glob("*.json")} == {
+            "best",
+            "last",
+        }
+    weights = {path: path.read_bytes() for path in (tmp_path / "c").rglob("*.safetensors")}
+    run(*command, "--examples", "30", "--out", tmp_path / "c")
+    assert weights == {path: path.read_bytes() for path in (tmp_path / "c").rglob("*.safetensors")}
+    other = [*command[:4], "--set", "optimizer.epochs=2", "--seeds", "1", "--out", tmp_path / "c"]
+    assert "is a run of another config" in refused(capsys, *other)
+    assert "threads: 1" in (tmp_path / "c" / "fast-at-seed0" / "config.yaml").read_text()
+
+
+@pytest.mark.parametrize(
+    ("recipes", "changes", "words"),
+    [
+        (["at", "nothing"], [], "recipes: expected names that"),
+        (["at", "at"], [], "recipes: expected each once, got 'at' again"),
+        (["at"], ["optimizer.epochs"], "set: expected FIELD=VALUE"),
+        (["at"], ["optimizer.epoch=2"], "set: expected the name of a recipe's field"),
+        (["at"], ["optimizer.epochs.more=2"], "set: expected the name of a recipe's field"),
+        (["at"], ["seed=2"], "set: expected the name of a recipe's field"),
+        (["at"], ["optimizer.epochs=[1"], "set: expected a value for optimizer.epochs"),
+        (["at"], ["optimizer.epochs=none"], "optimizer.epochs: "),
+    ],
+)
+def test_comparisons_that_make_no_sense_are_refused(recipes, changes, words, tmp_path):
+    with pytest.raises(BadInput, match=words):
+        configs(recipes, changes, 1, tmp_path)
+
+
+def test_changes_take_fractions_and_paths():
+    config = changed(RECIPES["cifar10-generated"], ["data.path=x.tar.gz", "attack.eps=4/255", "extra.path=1m.npz"])
+    assert (str(config.data.path), config.attack.eps, str(config.extra.path)) == ("x.tar.gz", 4 / 255, "1m.npz")
+
+
+def test_downloads_end_in_one_line(tmp_path, monkeypatch, capsys):
+    there = tmp_path / "hello.txt"
+    there.write_text("hello")
+    good = Source("greeting", "http://127.0.0.1:9/hello", "hello.txt", "5d41402abc4b2a76b9719d911017c592")
+    monkeypatch.setattr(downloads, "SOURCES", {"cifar10": (good,)})
+    run("download", "cifar10", "--out", tmp_path)
+    assert f"greeting: {there}" in capsys.readouterr().out
+    there.write_text("altered")
+    words = refused(capsys, "download", "cifar10", "--out", tmp_path)
+    assert "hello.txt" in words
+    assert there.read_text() == "altered"
+    there.unlink()
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    with pytest.raises(SystemExit) as stop:
+        run("download", "cifar10", "--out", tmp_path)
+    assert stop.value.code == 1
+    offline = capsys.readouterr().err
+    assert "http://127.0.0.1:9/hello" in offline
+    assert offline.count("\n") == 1
+    assert "name: expected one of cifar10" in refused(capsys, "download", "imagenet", "--out", tmp_path)
+    assert "`saltflat download cifar10` fetches it" in refused(capsys, "train", "cifar10-at")
+
+
+def test_svhn_s_extra_images_join_svhn_and_nothing_else(tmp_path, capsys):
+    io = pytest.importorskip("scipy.io")
+    for split, n in (("train", 40), ("test", 20), ("extra", 30)):
+        pixels = np.random.default_rng(0).integers(0, 256, (32, 32, 3, n), np.uint8)
+        content = {"X": pixels, "y": (np.arange(n) % 10 + 1).astype(np.uint8)[:, None]}
+        io.savemat(tmp_path / f"{split}_32x32.mat", content, do_compression=True)
+    quick = [
+        "--data.validation-examples", "10", "--optimizer.epochs", "1", "--model.name", "mlp", "--model.width", "4",
+        "--attack.steps", "1", "--evaluation.steps", "1", "--evaluation.examples", "20", "--threads", "1",
+        "--optimizer.batch-size", "8", "--extra.path", tmp_path, "--extra.share", "0.5",
+    ]  # fmt: skip
+    run("train", "svhn-at-awp", "--data.path", tmp_path, *quick, "--awp.warmup", "0", "--out", tmp_path / "run")
+    assert record.read_metrics(tmp_path / "run")[0]["step"] == 4  # as many as without: 30 images, 8 a batch
+    wrong = refused(capsys, "train", "at", *QUICK, "--extra.path", tmp_path, "--extra.share", "0.5")
+    assert "extra.path: " in wrong
+    assert "expected images and classes as digits" in wrong
