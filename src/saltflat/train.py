@@ -194,17 +194,16 @@ def fit(
         began = time.perf_counter()
         order = torch.randperm(len(train), generator=seeded(plan.seed, epoch, ORDER)).to(device)
         generator = seeded(plan.seed, epoch, DRAWS, device=device)
-        extra_rows = seeded(plan.seed, epoch, EXTRA)
+        drawn = _drawn(extra, batches, added, seeded(plan.seed, epoch, EXTRA)).to(device)
         sums = torch.zeros(5, dtype=torch.float64, device=device)
         with in_mode(model, "train"):
-            for rows in torch.split(order, plan.batch_size - added)[:batches]:
+            for rows, extra_rows in zip(torch.split(order, plan.batch_size - added), drawn, strict=False):
                 for group in optimizer.param_groups:
                     group["lr"] = plan.learning_rate((step + 1) / steps)
                 progress = step / steps
                 chosen, y = images[rows], labels[rows]
                 if more is not None:
-                    drawn = torch.randint(len(more[1]), (added,), generator=extra_rows).to(device)
-                    chosen, y = torch.cat([chosen, more[0][drawn]]), torch.cat([y, more[1][drawn]])
+                    chosen, y = torch.cat([chosen, more[0][extra_rows]]), torch.cat([y, more[1][extra_rows]])
                 x, y = plan.mix(to_float(plan.augment(chosen, generator)), y, generator)
                 found = plan.step(
                     model,
@@ -273,6 +272,11 @@ def fit(
             "before": before,
         }
         yield Epoch(epoch, metrics, is_best, network, reached)
+
+
+def _drawn(extra: Images | None, batches: int, size: int, generator: torch.Generator) -> Tensor:
+    """Which extra examples every batch takes, with replacement: (batches, size)."""
+    return torch.randint(1 if extra is None else len(extra), (batches, size), generator=generator)
 
 
 def _sums(found: Step, examples: int) -> Tensor:

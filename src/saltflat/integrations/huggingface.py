@@ -37,9 +37,10 @@ class PerturbedTrainer(Trainer):
         start_step: optimiser steps that are taken before the weight adversary sets in.
         Everything else is `Trainer`'s.
 
-    The loss that both maximise is `compute_loss`, and so are mixed precision and whatever else a subclass makes of it.
-    The attack sees the model in eval mode; the weight adversary sees it in train mode, with dropout of its own. A batch
-    costs 2 forwards and weight gradients (1 + `steps`), and those of the attack.
+    Both maximise `compute_loss`, a subclass's own included, in the precision that the Trainer trains in. The attack
+    sees the model in eval mode; the weight adversary sees it in train mode, with a dropout of its own. A micro-batch
+    costs 1 + `steps` forwards and weight gradients, and those of the attack. Weights and embeddings are given back,
+    also when something raises.
 
     Under DistributedDataParallel v is the same everywhere in a step's last micro-batch, where gradients are averaged
     over ranks, and each rank's own in the others.

@@ -131,7 +131,7 @@ def _ready(config: Train, network: Callable[[Train, Images], nn.Module]) -> Read
     model = network(config, sets.train).to(device)
     size = config.optimizer.batch_size
     normalised = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
-    if normalised and (size == 1 or len(sets.train) % size == 1):
+    if normalised and sets.extra is None and (size == 1 or len(sets.train) % size == 1):
         raise BadInput(
             f"optimizer.batch_size: {len(sets.train)} images in batches of {size} leave one of a single image, "
             "which has no statistics for BatchNorm"

@@ -121,6 +121,6 @@ def along_momentum(
             yield ascent
     else:
         parameters = chosen_weights(model, where)
-        still = torch.tensor(len(parameters))
+        still = next(iter(parameters.values())).new_full((), len(parameters), dtype=torch.int64)
         with given_back(parameters) as centre, held(parameters, centre, None, still, step_inside) as ascent:
             yield ascent

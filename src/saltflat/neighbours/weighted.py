@@ -26,17 +26,22 @@ from saltflat.weights import Where, default
 
 
 def all_but_last(model: nn.Module) -> Where:
-    """The tensors that AWP perturbs, without those of the last layer: of the module that owns the last of them, in the
-    order of registration, which is the order of `named_parameters`.
+    """The tensors that AWP perturbs, without those of the last layer: the module that owns the last of them, in the
+    order of registration, which is the order of `named_parameters`; with its children, if it owns tensors itself, as
+    attention on graphs does.
 
-    Raises: ValueError for a model with fewer than two such modules: nothing would be left.
+    Raises: ValueError for a model of one such layer: nothing would be left.
 
     >>> model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
     >>> where = all_but_last(model)
     >>> [name for name, parameter in model.named_parameters() if where(name, parameter)]
     ['0.weight']
     """
-    owners = [name.rpartition(".")[0] for name, parameter in model.named_parameters() if default(name, parameter)]
-    if len(set(owners)) < 2:
-        raise ValueError(f"model: expected at least two layers with weights, got {len(set(owners))}")
-    return lambda name, parameter: default(name, parameter) and name.rpartition(".")[0] != owners[-1]
+    owners = {name: name.rpartition(".")[0] for name, parameter in model.named_parameters() if default(name, parameter)}
+    last = next(reversed(owners.values()), "")
+    while (parent := last.rpartition(".")[0]) and parent in owners.values():
+        last = parent
+    left = {name for name, owner in owners.items() if owner != last and not owner.startswith(f"{last}.")}
+    if not left:
+        raise ValueError(f"model: expected at least two layers with weights, got {min(1, len(owners))}")
+    return lambda name, parameter: name in left and default(name, parameter)
