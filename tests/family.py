@@ -18,6 +18,22 @@ MEMBERS = {
     "free-at": Train(attack=Attack(replays=REPLAYS)),
     "free-at-awp": Train(attack=Attack(replays=REPLAYS), awp=Awp(gamma=0.01)),
 }
+COSTS = {
+    # forwards and gradients of the weights of one step of AT with PGD-10, in batches: a half counts as a half
+    "at": (11, 1),
+    "awp": (12, 2),
+    "robust-wp": (21, 11),  # 10 + K + 1, with the published K = 10
+    "random-wp": (11, 1),
+    "m-rwp": (11, 1),
+    "arwp": (11, 1),
+    "wt-awp": (13, 3),
+    "sam": (12, 2),
+    "asam": (12, 2),
+    "kaggle-awp": (12, 2),
+    "fast-awp": (11, 1),
+    "free-at": (4, 4),  # with four replays, each a step of its own
+    "free-at-awp": (8, 8),
+}
 DRAWN = ("random-wp", "m-rwp", "arwp")
 OBJECTIVES = {"natural": 0.0, "at": 0.0, "trades": 6.0, "mart": 5.0, "alp": 0.5}  # and their beta
 ATTACK = PGD(Linf(8 / 255), 4 / 255, 2, start=zero)

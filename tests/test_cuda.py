@@ -20,7 +20,10 @@ from saltflat.random import seeded
 from saltflat.schedules import constant
 from saltflat.train import Plan, fit
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+pytestmark = [
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
+    pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype:UserWarning"),
+]
 
 
 class Quiet:

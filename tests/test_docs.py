@@ -5,9 +5,10 @@ import shlex
 from pathlib import Path
 
 import pytest
+from family import COSTS, MEMBERS
 
 from saltflat.lab.cli import parsed
-from saltflat.lab.recipes import RECIPES
+from saltflat.lab.recipes import RECIPES, adversary
 
 DOCS = Path(__file__).parent.parent / "docs"
 PAGES = {path.name: path.read_text() for path in sorted(DOCS.glob("*.md"))}
@@ -68,3 +69,12 @@ def test_recipes_that_are_named_exist():
 @pytest.mark.parametrize("name", [name for name, config in RECIPES.items() if config.data.name == "digits"])
 def test_every_method_stands_in_the_family(name):
     assert name in NAMED or name.removesuffix("-awp") in NAMED
+
+
+def test_the_costs_are_those_that_were_counted():
+    rows = re.findall(r"^\| ([\w -]+?)(?:, K2 = 10)? \| (\d+) \| (\d+) \|", PAGES["family.md"], re.MULTILINE)
+    counted = {adversary(MEMBERS[member].awp): COSTS[member] for member in MEMBERS if not member.startswith("free")}
+    assert {name: (int(forwards), int(gradients)) for name, forwards, gradients in rows} == {
+        "none": COSTS["at"],
+        **counted,
+    }

@@ -63,7 +63,7 @@ def test_it_satisfies_the_conditions_of_optimality(problem):
     for lost, size, limit in zip(u.abs() - v.abs(), v.abs(), room, strict=True):
         free = (size > slack) & (size < limit - slack)
         off, full = (size == 0) & (limit > 0), (size >= limit - slack) & (size > 0)
-        tight = size.sum() > radius * (1 - 1e-9)
+        tight = size.sum() > radius * (1 - 1e-9) - slack  # |u| - t loses the digits that |u| has before the radius'
         least = max(lost[off].max().item() if off.any() else 0.0, 0.0)
         most = lost[full].min().item() if full.any() else math.inf
         t = lost[free].mean().item() if free.any() else (min(least, most) if tight else 0.0)

@@ -75,7 +75,7 @@ def test_every_loop_of_the_page_is_tested(page):
 
 def test_the_pages_links_lead_somewhere():
     targets = re.findall(r"\]\(([^)#]+)\)", TEXT)
-    assert len(targets) == 2
+    assert len(targets) == 3
     for target in targets:
         assert (PAGE.parent / target).is_file()
 

@@ -7,10 +7,11 @@ from oracles.losses import kl as oracle_kl
 from oracles.losses import mart as oracle_mart
 from torch import nn
 
+from saltflat.neighbours.logit_pairing import ALP
 from saltflat.objectives import AT, MART, TRADES, Natural, ce, kl, margin
 
-OBJECTIVES = [Natural(), AT(), TRADES(6.0), MART(5.0)]
-SOFT = [Natural(), AT(), TRADES(6.0)]
+OBJECTIVES = [Natural(), AT(), TRADES(6.0), MART(5.0), ALP(0.5)]
+SOFT = [Natural(), AT(), TRADES(6.0), ALP(0.5)]
 
 
 class Logits(nn.Module):
@@ -131,7 +132,50 @@ def test_trades_inner_freezes_the_clean_side_and_runs_it_once():
     assert torch.autograd.grad(f(x.requires_grad_()).sum(), x)[0].abs().max() < 1e-12  # a minimum: KL(p ‖ p) = 0
 
 
-@pytest.mark.parametrize("make", [TRADES, MART])
+@pytest.mark.parametrize("objective", OBJECTIVES, ids=repr)
+def test_each_is_outer_example_by_example(objective):
+    """(N,) whose mean is `outer` to the bit, with its gradient; an example's own value knows nothing of the others."""
+    x, x_adv, y = logits().requires_grad_(), logits().requires_grad_(), torch.arange(6) % 5
+    each = objective.each(Logits(), x, x_adv, y)
+    assert each.shape == (6,)
+    assert torch.equal(each.mean(), objective.outer(Logits(), x, x_adv, y))
+    inputs, allowed = (x, x_adv), {"allow_unused": True, "materialize_grads": True}
+    of_mean = torch.autograd.grad(each.mean(), inputs, retain_graph=True, **allowed)
+    of_outer = torch.autograd.grad(objective.outer(Logits(), x, x_adv, y), inputs, **allowed)
+    assert all(torch.equal(a, b) for a, b in zip(of_mean, of_outer, strict=True))
+    for i in range(6):
+        alone = objective.outer(Logits(), x[i : i + 1], x_adv[i : i + 1], y[i : i + 1])
+        torch.testing.assert_close(each[i], alone, rtol=1e-12, atol=1e-14)
+        others = torch.autograd.grad(each[i], inputs, retain_graph=True, **allowed)
+        assert not any(torch.cat([g[:i], g[i + 1 :]]).any() for g in others)
+
+
+def test_each_runs_the_network_in_the_order_of_outer():
+    """Which BatchNorm's running statistics see."""
+    for objective, order in (
+        (Natural(), ["x"]),
+        (AT(), ["x_adv"]),
+        (TRADES(), ["x_adv", "x"]),
+        (MART(), ["x", "x_adv"]),
+        (ALP(), ["x", "x_adv"]),
+    ):
+        x, x_adv, y, seen = logits(), logits(), torch.arange(6) % 5, []
+        model = Logits()
+        model.register_forward_hook(lambda _, z, __, x=x, seen=seen: seen.append("x" if z[0] is x else "x_adv"))
+        objective.outer(model, x, x_adv, y)
+        objective.each(model, x, x_adv, y)
+        assert seen == order * 2
+
+
+@pytest.mark.parametrize("objective", SOFT, ids=repr)
+def test_each_takes_soft_labels(objective):
+    x, x_adv, y = logits(), logits(), soft_labels()
+    each = objective.each(Logits(), x, x_adv, y)
+    assert each.shape == (6,)
+    assert torch.equal(each.mean(), objective.outer(Logits(), x, x_adv, y))
+
+
+@pytest.mark.parametrize("make", [TRADES, MART, ALP])
 @pytest.mark.parametrize("beta", [-1.0, float("nan"), float("inf")])
 def test_refuses_a_beta_that_is_none(make, beta):
     with pytest.raises(ValueError, match="beta: expected"):

@@ -160,9 +160,9 @@ def test_the_clean_forward_feeds_running_statistics_only(data):
     assert all(torch.equal(a, b) for a, b in zip(first[0].parameters(), first[1].parameters(), strict=True))
 
 
-def test_losses_that_are_not_finite_stop_with_one_line(data):
+def test_gradients_that_are_not_finite_stop_with_one_line(data):
     plan = replace(PLAN, learning_rate=constant(1e30))
-    with pytest.raises(FloatingPointError, match="epoch 1: the training loss is not finite"):
+    with pytest.raises(FloatingPointError, match="epoch 1: the gradient of 2 of 3 batches was not finite"):
         events(mlp(), data, plan)
 
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
 
 
@@ -64,6 +65,11 @@ def reestimate_statistics(model: nn.Module, batches: Iterable[Tensor]) -> None:
     tensor([4.])
     """
     modes = [(module, module.training) for module in model.modules()]
-    update_bn(batches, model)
-    for module, training in modes:
-        module.training = training
+    norms = [(module, module.momentum) for module in model.modules() if isinstance(module, _BatchNorm)]
+    try:
+        update_bn(batches, model)
+    finally:
+        for module, training in modes:
+            module.training = training
+        for norm, momentum in norms:
+            norm.momentum = momentum

@@ -164,12 +164,15 @@ def double_perturbation_step(
         model, height, ball, steps=steps, step_size=step_size, start=v, where=where, step_inside=step_inside
     ) as ascent:
         value = loss()
-        (share * value).backward()  # type: ignore[no-untyped-call]
+        value.backward()  # type: ignore[no-untyped-call]
         if step_inside:
             dropped = drop()
             optimizer.step()
     if not step_inside:
         if share < 1:
+            for parameter in model.parameters():
+                if parameter.grad is not None:
+                    parameter.grad.mul_(share)
             ((1 - share) * loss()).backward()  # type: ignore[no-untyped-call]
         dropped = drop()
         optimizer.step()
@@ -188,20 +191,32 @@ def dropping(model: nn.Module) -> Callable[[], Tensor]:
     >>> drop(), model.weight.grad
     (tensor(1), tensor([[0., 0.]]))
     """
-    kept = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    undo = undoing(model)
 
     @torch.no_grad()
     def drop() -> Tensor:
-        gradients = [p.grad._values() if p.grad.is_sparse else p.grad for p in model.parameters() if p.grad is not None]
+        found = [p.grad._values() if p.grad.is_sparse else p.grad for p in model.parameters() if p.grad is not None]
+        gradients = [gradient for gradient in found if gradient.numel() > 0]
         finite = torch.nn.utils.get_total_norm(gradients, math.inf).isfinite()
         for gradient in gradients:
             gradient.copy_(gradient.where(finite, 0))
-        for name, buffer in model.named_buffers():
-            if name in kept:
-                buffer.copy_(buffer.where(finite, kept[name]))
+        undo(~finite)
         return (~finite).long()
 
     return drop
+
+
+def undoing(model: nn.Module) -> Callable[[Tensor], None]:
+    """Takes the buffers as they are; what comes back puts them back, if it is given a true tensor, on the device."""
+    kept = {name: buffer.clone() for name, buffer in model.named_buffers()}
+
+    @torch.no_grad()
+    def undo(condition: Tensor) -> None:
+        for name, buffer in model.named_buffers():
+            if name in kept:
+                buffer.copy_(kept[name].where(condition, buffer))
+
+    return undo
 
 
 @contextmanager

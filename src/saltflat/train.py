@@ -26,7 +26,7 @@ from saltflat.inputs import PGD
 from saltflat.objectives import Objective
 from saltflat.random import derived_seed, seeded
 from saltflat.schedules import Schedule
-from saltflat.step import Radius, Step, double_perturbation_step, in_mode
+from saltflat.step import Radius, Step, double_perturbation_step, in_mode, undoing
 
 ORDER, DRAWS, EXTRA = 0, 1, 2  # the streams of random numbers of an epoch
 # What robust accuracy on training examples loses within an epoch of catastrophic overfitting (Wong, Rice, Kolter)
@@ -216,8 +216,10 @@ def fit(
                     generator=generator,
                 )
                 if plan.clean_forward:
+                    undo = undoing(model)
                     with torch.no_grad():
                         model(x)
+                    undo(found.dropped > 0)
                 if average is not None and plan.average is not None:
                     average.update_parameters(model)
                 step += 1

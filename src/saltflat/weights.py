@@ -61,7 +61,8 @@ def gradient(model: nn.Module, loss: Closure | Sequence[Closure], *, where: Wher
     >>> gradient(model, lambda: model(torch.tensor([[3.0, 4.0]])).sum())["weight"]
     tensor([[3., 4.]])
     """
-    return climbing_gradient(model, as_closures(loss), chosen_weights(model, where))[0]
+    found, _ = climbing_gradient(model, as_closures(loss), chosen_weights(model, where))
+    return {name: g.clone() for name, g in found.items()}  # under DDP they may be views of what the next backward fills
 
 
 @contextmanager
@@ -163,6 +164,8 @@ def perturbed(
         raise ValueError(f"steps: expected an integer >= 1, got {steps!r}")
     if isinstance(loss, Mapping) and steps > 1:
         raise ValueError(f"steps: a gradient at hand allows one step, got {steps!r}")
+    if step is not None and step_size is not None:
+        raise ValueError(f"step_size: expected None beside a step of its own size, got {step_size!r}")
     if step_size is not None and not 0 <= step_size < math.inf:
         raise ValueError(f"step_size: expected a finite number >= 0, got {step_size!r}")
     closures = [] if isinstance(loss, Mapping) else as_closures(loss)

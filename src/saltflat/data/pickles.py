@@ -32,7 +32,8 @@ def load(data: bytes, source: str) -> Any:
     except _RefusedError as refused:
         raise ValueError(f"{source}: refused, {refused}; only plain data and arrays of numbers are read") from None
     except Exception as error:  # a damaged pickle can fail in any of its operations
-        raise ValueError(f"{source}: not a whole pickle ({type(error).__name__}: {error})") from error
+        words = " ".join(str(error).split())  # some of Python's own have several lines
+        raise ValueError(f"{source}: not a whole pickle ({type(error).__name__}: {words})") from error
 
 
 class _RefusedError(Exception):

@@ -64,20 +64,22 @@ def step(config: Train, memory: dict[str, Tensor]) -> Callable[..., Step]:
     ) -> Step:
         given |= {"optimizer": optimizer, "generator": generator, "objective": objective, "where": _where(awp, model)}
         climb = _climb(awp, memory, optimizer, generator)
-        if attack.replays > 0:
-            return free_step(model, x, y, replays=attack.replays, memory=memory, climb=climb, **given)
         if awp.method == "m-rwp":
             return two_batch_step(model, x, y, share=awp.share, attack_mode=attack.mode, **given)
+        given |= {
+            "climb": climb,
+            "climbed": below(objective.each, awp.c) if awp.method == "robust-wp" else None,
+            "step_size": None if awp.method in ("kaggle", "fast") else awp.step_size or None,
+        }
+        if attack.replays > 0:
+            return free_step(model, x, y, replays=attack.replays, memory=memory, **given)
         return double_perturbation_step(
             model,
             x,
             y,
-            climb=climb,
-            climbed=below(objective.each, awp.c) if awp.method == "robust-wp" else None,
             share=awp.share,
             attack_mode=attack.mode,
             steps=awp.steps,
-            step_size=awp.step_size or None if awp.method not in ("kaggle", "fast") else None,
             alternations=awp.alternations,
             step_inside=awp.step_inside,
             **given,

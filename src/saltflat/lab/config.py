@@ -352,6 +352,8 @@ def _check_together(config: Train) -> None:
         )
     if config.model.activation != "relu" and config.model.name != "wide-resnet":
         raise BadInput(f"model.activation: {config.model.name} has relu only, got {config.model.activation!r}")
+    if config.awp.method == "fast" and config.optimizer.momentum == 0:
+        raise BadInput("optimizer.momentum: awp.method fast goes along it, expected a number > 0, got 0")
     if config.optimizer.nesterov and config.optimizer.momentum == 0:
         raise BadInput("optimizer.nesterov: needs optimizer.momentum > 0, got true")
     if config.optimizer.swa_from > 0 and config.optimizer.average > 0:

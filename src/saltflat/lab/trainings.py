@@ -131,10 +131,12 @@ def _ready(config: Train, network: Callable[[Train, Images], nn.Module]) -> Read
     model = network(config, sets.train).to(device)
     size = config.optimizer.batch_size
     normalised = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
-    if normalised and sets.extra is None and (size == 1 or len(sets.train) % size == 1):
+    last = len(sets.train) % size or size
+    halves = config.awp.method == "m-rwp"
+    if sets.extra is None and (last < 2 if halves else last == 1 and normalised):
+        why = "which m-rwp cannot halve" if halves else "which has no statistics for BatchNorm"
         raise BadInput(
-            f"optimizer.batch_size: {len(sets.train)} images in batches of {size} leave one of a single image, "
-            "which has no statistics for BatchNorm"
+            f"optimizer.batch_size: {len(sets.train)} images in batches of {size} leave one of a single image, {why}"
         )
     return Ready(config, device, sets, model)
 

@@ -15,6 +15,7 @@ Source: Li, Tao, Yan, Lei, Wu, Fang, He, Huang, TMLR 2024, arXiv 2404.00357.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 
@@ -107,8 +108,8 @@ def adaptively_drawn(
     Raises: as `drawn`; ValueError for an eta below 0, and a beta outside [0, 1].
     """
     refuse_steps(steps, step_size, start)
-    if not eta >= 0:
-        raise ValueError(f"eta: expected a number >= 0, got {eta!r}")
+    if not 0 <= eta < math.inf:
+        raise ValueError(f"eta: expected a finite number >= 0, got {eta!r}")
     if not 0 <= beta <= 1:
         raise ValueError(f"beta: expected a number in [0, 1], got {beta!r}")
     parameters = chosen_weights(model, where)
@@ -129,4 +130,5 @@ def _remember(memory: dict[str, Tensor], parameters: dict[str, nn.Parameter], be
         if parameter.grad is not None:
             g = parameter.grad.to_dense() if parameter.grad.is_sparse else parameter.grad
             before = memory.get(PREFIX + name, torch.zeros_like(g))
-            memory[PREFIX + name] = beta * before + torch.where(g.isfinite().all(), g.square(), 0)
+            squares = g.square()  # which may overflow where g does not
+            memory[PREFIX + name] = beta * before + torch.where(squares.isfinite().all(), squares, 0)

@@ -15,6 +15,7 @@ Source: Shafahi et al., "Adversarial Training for Free!", NeurIPS 2019, arXiv 19
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
@@ -43,6 +44,8 @@ def free_step(
     memory: dict[str, Tensor],
     replays: int = 8,
     climb: Climb = perturbed,
+    climbed: Callable[[nn.Module, Tensor, Tensor, Tensor], Tensor] | None = None,
+    step_size: float | None = None,
     where: Where = default,
     generator: Generator = None,
 ) -> Step:
@@ -54,12 +57,15 @@ def free_step(
         ball: the weight adversary's, or None.
         memory: {"free_displacement": d}, empty at first, changed; a smaller batch uses, and changes, its first rows.
         replays: m; each is an optimiser's step.
+        climb, climbed, step_size, where: as in `double_perturbation_step`.
         generator: nothing is drawn.
 
-    The model stays in the mode that it is in. `Step` tells of the last replay, and of all replays together what was
-    skipped and dropped; its `x_adv` is x + d as the next replay would begin.
+    The model stays in the mode that it is in. `Step` tells of the last replay; `skipped` is of all together, `dropped`
+    whether any was, and `x_adv` is x + d as the next replay would begin.
 
     Costs m forwards and backwards; twice that with AWP.
+
+    Raises: ValueError for fewer than one replay, and a loss that does not look at x_adv.
     """
     if replays < 1:
         raise ValueError(f"replays: expected an integer >= 1, got {replays!r}")
@@ -74,27 +80,26 @@ def free_step(
         optimizer.zero_grad()
         x_adv = (x + attack.ball.project(d, x)).requires_grad_()
 
-        def loss(x_adv: Tensor = x_adv) -> Tensor:
-            return objective.outer(model, x, x_adv, y)
-
         if ball is None or ball.radius == 0:
-            value = loss()
+            value = objective.outer(model, x, x_adv, y)
             at_w = value.detach()
             value.backward()  # type: ignore[no-untyped-call]
         else:
-            with climb(model, partial(loss, x_adv.detach()), ball, where=where) as ascent:
-                value = loss()
+            height = partial(climbed or objective.outer, model, x, x_adv.detach(), y)
+            with climb(model, height, ball, step_size=step_size, where=where) as ascent:
+                value = objective.outer(model, x, x_adv, y)
                 value.backward()  # type: ignore[no-untyped-call]
-            at_w = value.detach() if ascent.value is None else ascent.value
+            at_w = value.detach() if ascent.value is None or climbed is not None else ascent.value
             skipped.append(ascent.skipped)
+        if x_adv.grad is None:
+            raise ValueError(f"objective: expected a loss that looks at x_adv, got {objective!r}")
         dropped.append(drop())
         optimizer.step()
-        assert x_adv.grad is not None
         d = attack.ball.project(x_adv.detach() - x + eps_step.steepest(x_adv.grad, x), x)
         d = torch.where(d.isfinite(), d, 0)  # a batch that is not finite is forgotten
     memory[NAME] = torch.cat([d, kept[len(x) :].to(x)])
     counted = torch.stack(skipped).sum() if skipped else torch.zeros((), dtype=torch.int64, device=x.device)
-    return Step(at_w, value.detach(), x + d, counted, torch.stack(dropped).sum())
+    return Step(at_w, value.detach(), x + d, counted, torch.stack(dropped).amax())
 
 
 def _padded(kept: Tensor, x: Tensor) -> Tensor:

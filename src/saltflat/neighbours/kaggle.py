@@ -78,13 +78,14 @@ def fast_awp(
 def momentum(model: nn.Module, optimizer: torch.optim.Optimizer, *, where: Where = default) -> dict[str, Tensor]:
     """{name: the optimiser's moving average of gradients}, for the tensors that have one by now.
 
-    Raises: ValueError for an optimiser that has stepped and keeps none.
+    Raises: ValueError for an optimiser that keeps none.
     """
+    without = any(group.get("momentum") == 0 for group in optimizer.param_groups)
     found = {}
     for name, parameter in chosen_weights(model, where).items():
         state: dict[str, Any] = optimizer.state.get(parameter, {})
         average = next((state[key] for key in AVERAGES if state.get(key) is not None), None)
-        if state and average is None:
+        if average is None and (state or without):
             raise ValueError(
                 f"optimizer: expected one with momentum ({' or '.join(AVERAGES)}), got {type(optimizer).__name__}"
             )
@@ -111,10 +112,12 @@ def along_momentum(
 
     Raises: as `perturbed` and `momentum`; ValueError for more than one step.
     """
+    if steps != 1:
+        raise ValueError(f"steps: a momentum at hand allows one step, got {steps!r}")
     direction = momentum(model, optimizer, where=where)
     if direction:
         climb = perturbed(
-            model, direction, ball, steps=steps, step_size=step_size, step=step,
+            model, direction, ball, step_size=step_size, step=step,
             start=start, where=where, step_inside=step_inside,
         )  # fmt: skip
         with climb as ascent:

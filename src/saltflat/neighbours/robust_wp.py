@@ -110,7 +110,8 @@ def accumulated(
             if not g:
                 raise ValueError(f"loss: reaches none of the {len(parameters)} weights that are perturbed")
             value = reached if value is None else value
-            total |= {name: total[name] + found if name in total else found for name, found in g.items()}
+            # A gradient may be a view of a bucket that the next backward fills, so the first one is copied, too.
+            total |= {name: total[name] + found if name in total else found.clone() for name, found in g.items()}
             v = ball.project(ball.steepest(total, centre), centre)
             place(parameters, centre, v)
             skipped += [(ahead == 0).all() for ahead in v.values()]

@@ -20,6 +20,8 @@ Source: Wu, Bojchevski, Huang, "Adversarial Weight Perturbation Improves General
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from torch import nn
 
 from saltflat.weights import Where, default
@@ -39,9 +41,15 @@ def all_but_last(model: nn.Module) -> Where:
     """
     owners = {name: name.rpartition(".")[0] for name, parameter in model.named_parameters() if default(name, parameter)}
     last = next(reversed(owners.values()), "")
-    while (parent := last.rpartition(".")[0]) and parent in owners.values():
-        last = parent
-    left = {name for name, owner in owners.items() if owner != last and not owner.startswith(f"{last}.")}
+    left = _outside(last, owners)
+    while (parent := last.rpartition(".")[0]) in owners.values() and _outside(parent, owners):
+        last, left = parent, _outside(parent, owners)
     if not left:
         raise ValueError(f"model: expected at least two layers with weights, got {min(1, len(owners))}")
     return lambda name, parameter: name in left and default(name, parameter)
+
+
+def _outside(module: str, owners: Mapping[str, str]) -> set[str]:
+    """The tensors that belong neither to the module nor to its children."""
+    inside = f"{module}." if module else ""
+    return {name for name, owner in owners.items() if owner != module and not f"{owner}.".startswith(inside)}
