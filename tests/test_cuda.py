@@ -15,6 +15,7 @@ from saltflat.evaluation import outcomes, suite
 from saltflat.lab import adversaries
 from saltflat.landscape import afresh, average_case, frozen, hessian, random_direction, top_eigenvalues, total, within
 from saltflat.models import small_resnet
+from saltflat.neighbours.free import NAME
 from saltflat.neighbours.random_wp import random_wp
 from saltflat.random import seeded
 from saltflat.schedules import constant
@@ -72,7 +73,12 @@ def test_steps_end_where_they_end_on_the_cpu(name, objective):
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     model, (x, y) = convolutional().train(), batch()
     other = copy.deepcopy(model).cuda()
-    here, there = (taking(name, of, sgd(of), {}, objective=objective) for of in (model, other))
+    apart = PGD(Linf(8 / 255), 4 / 255, 2, start=lambda ball, x, _: 0.01 * (x - 0.5))  # TRADES is flat at x itself
+    memories = [{NAME: 0.01 * (x - 0.5)}, {NAME: 0.01 * (x - 0.5).cuda()}]
+    here, there = (
+        taking(name, of, sgd(of), memory, objective=objective, attack=apart)
+        for of, memory in zip((model, other), memories, strict=True)
+    )
     for _ in range(3):
         here(x, y)
         there(x.cuda(), y.cuda())

@@ -669,8 +669,8 @@ def test_free_at_with_awp_is_a_naive_loop(objective):
     """Smaller steps than the ball's radius, BatchNorm in train mode, momentum and weight decay."""
     model = convolutional().train()
     other = copy.deepcopy(model)
-    optimizers, memory = (sgd(model), sgd(other)), {}
-    d = torch.zeros(6, 3, 6, 6, dtype=torch.float64)
+    d = 0.1 * torch.rand(6, 3, 6, 6, dtype=torch.float64) - 0.05  # at 0, TRADES' divergence has no gradient
+    optimizers, memory = (sgd(model), sgd(other)), {NAME: d}
     for _ in range(2):
         x, y = batch(6)
         step = free_step(

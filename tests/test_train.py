@@ -8,6 +8,7 @@ from torch import nn
 
 from examples.plain_loop import train as plain_loop
 from saltflat import AT, PGD, TRADES, Layerwise, Linf
+from saltflat.averaging import ema
 from saltflat.data import crop_flip, digits, stratified_subset
 from saltflat.evaluation import outcomes
 from saltflat.models import mlp, small_resnet
@@ -214,3 +215,15 @@ def test_averages_are_what_is_measured_and_kept(data):
     assert last.metrics["test"]["clean_accuracy"] == outcomes(last.model, images, None).accuracy
     average, newest = next(last.model.parameters()), next(model.parameters())
     assert not torch.equal(average, newest)
+
+
+def test_the_moving_average_is_torch_s_to_the_bit(data):
+    """fit follows the weights by itself, since torch's class would wait for a GPU in every step."""
+    model, plan = network(), replace(PLAN, epochs=2, average=0.9)
+    expected = ema(model, 0.9)
+    for event in fit(model, *data, plan, sgd(model)):
+        if isinstance(event, Stepped):
+            expected.update_parameters(model)
+    assert isinstance(event, Epoch)
+    assert equal_states(state(event.model), state(expected.module))
+    assert event.state["average"]["n_averaged"] == event.metrics["step"]

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
 from saltflat.averaging import ema, reestimate_statistics, swa
 from saltflat.data.images import Images, to_float
@@ -221,7 +222,7 @@ def fit(
                         model(x)
                     undo(found.dropped > 0)
                 if average is not None and plan.average is not None:
-                    average.update_parameters(model)
+                    _follow(average, model, plan.average)
                 step += 1
                 sums += _sums(found, len(x))
                 yield Stepped(step, steps, epoch, found.loss, found.perturbed_loss)
@@ -274,6 +275,22 @@ def fit(
             "before": before,
         }
         yield Epoch(epoch, metrics, is_best, network, reached)
+
+
+@torch.no_grad()
+def _follow(average: AveragedModel, model: nn.Module, decay: float) -> None:
+    """`average.update_parameters(model)` of an EMA, to the bit, but for its waiting for a GPU: there torch moves its
+    counter to the device in every step.
+    """
+    own: list[Tensor] = list(average.module.parameters())
+    new: list[Tensor] = list(model.parameters())
+    if int(average.n_averaged) == 0:  # which stands on the CPU
+        torch._foreach_copy_(own, new)
+    else:
+        torch._foreach_lerp_(own, new, 1 - decay)
+    for buffer, newest in zip(average.module.buffers(), model.buffers(), strict=True):
+        buffer.copy_(newest)
+    average.n_averaged += 1
 
 
 def _drawn(extra: Images | None, batches: int, size: int, generator: torch.Generator) -> Tensor:
