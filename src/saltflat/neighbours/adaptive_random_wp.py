@@ -16,16 +16,17 @@ Source: Li, Tao, Yan, Lei, Wu, Fang, He, Huang, TMLR 2024, arXiv 2404.00357.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from saltflat.balls import Weights
-from saltflat.neighbours.random_wp import Draws, Gaussian, refuse_steps
+from saltflat.neighbours.random_wp import Draws, Gaussian, drawn
 from saltflat.random import Generator
-from saltflat.weights import Ascent, Closure, Where, chosen_weights, given_back, held, place, trained
+from saltflat.weights import Ascent, Closure, Where, chosen_weights, trained
 
 Shrink = Callable[[Tensor, float], Tensor]
 PREFIX = "squared_gradients."  # of the names in a memory
@@ -107,21 +108,36 @@ def adaptively_drawn(
 
     Raises: as `drawn`; ValueError for an eta below 0, and a beta outside [0, 1].
     """
-    refuse_steps(steps, step_size, start)
     if not 0 <= eta < math.inf:
         raise ValueError(f"eta: expected a finite number >= 0, got {eta!r}")
     if not 0 <= beta <= 1:
         raise ValueError(f"beta: expected a number in [0, 1], got {beta!r}")
-    parameters = chosen_weights(model, where)
-    with given_back(parameters) as centre:
-        factors = {name: shrink(memory[PREFIX + name], eta) for name in centre if PREFIX + name in memory}
-        v = {name: e * factors[name] if name in factors else e for name, e in ball.sample(centre, generator).items()}
-        place(parameters, centre, v)
-        skipped = torch.stack([(e == 0).all() for e in v.values()]).sum()
-        del v, factors
-        with held(parameters, centre, None, skipped, step_inside) as ascent:
-            yield ascent
-        _remember(memory, parameters, beta)
+    law = _Shrunk(ball, memory, eta, shrink)
+    with drawn(
+        model, loss, law, steps=steps, step_size=step_size, start=start,
+        where=where, step_inside=step_inside, generator=generator,
+    ) as ascent:  # fmt: skip
+        yield ascent
+    _remember(memory, chosen_weights(model, where), beta)
+
+
+@dataclass(frozen=True)
+class _Shrunk:
+    """The draws of a law, times the memory's factors."""
+
+    law: Draws
+    memory: Mapping[str, Tensor]
+    eta: float
+    shrink: Shrink
+
+    @property
+    def radius(self) -> float:
+        return self.law.radius
+
+    def sample(self, centre: Weights, generator: Generator = None, surface: bool = False) -> dict[str, Tensor]:
+        found = self.law.sample(centre, generator, surface)
+        known = {name: self.memory[PREFIX + name] for name in found if PREFIX + name in self.memory}
+        return {name: e * self.shrink(known[name], self.eta) if name in known else e for name, e in found.items()}
 
 
 @torch.no_grad()

@@ -107,7 +107,12 @@ def drawn(
 
     Raises: ValueError for steps, a step size or a start, which a draw does not have.
     """
-    refuse_steps(steps, step_size, start)
+    if steps != 1:
+        raise ValueError(f"steps: a draw has none, expected 1, got {steps!r}")
+    if step_size is not None:
+        raise ValueError(f"step_size: a draw has none, expected None, got {step_size!r}")
+    if start:
+        raise ValueError(f"start: a draw begins at w, expected none, got {len(start)} tensors")
     parameters = chosen_weights(model, where)
     with given_back(parameters) as centre:
         v = ball.sample(centre, generator)
@@ -172,16 +177,6 @@ def two_batch_step(
     dropped = drop()
     optimizer.step()
     return Step(at_w.detach(), away.detach(), x_adv, at_w.new_zeros((), dtype=torch.int64), dropped)
-
-
-def refuse_steps(steps: int, step_size: float | None, start: Weights | None) -> None:
-    """ValueError for what a draw does not have."""
-    if steps != 1:
-        raise ValueError(f"steps: a draw has none, expected 1, got {steps!r}")
-    if step_size is not None:
-        raise ValueError(f"step_size: a draw has none, expected None, got {step_size!r}")
-    if start:
-        raise ValueError(f"start: a draw begins at w, expected none, got {len(start)} tensors")
 
 
 def _filter_norms(w: Tensor) -> Tensor:
