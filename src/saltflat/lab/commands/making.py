@@ -1,0 +1,134 @@
+"""From nothing to trained networks: `saltflat demo | recipes | download | train | label`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import tyro
+
+from saltflat.lab.commands.frame import Folder, Job, RunOrCheckpoint, app, command
+from saltflat.lab.config import Count, Train, checked
+from saltflat.lab.recipes import RECIPES, described
+
+if TYPE_CHECKING:
+    Recipe = Train
+else:
+    Recipe = Annotated[
+        tyro.extras.subcommand_type_from_defaults(
+            RECIPES, {name: described(config) for name, config in RECIPES.items()}
+        ),
+        tyro.conf.arg(name=""),
+    ]
+
+
+@command
+def demo(out: Folder = Path("runs/demo"), seeds: Count = 3) -> Job:
+    """Train AT and AT-AWP on the bundled digits, and compare them on a page: about two minutes on two cores.
+
+    Args:
+        out: folder of its runs and of report.html; what is finished there is kept, what is missing is made.
+        seeds: trainings of each.
+    """
+
+    def job() -> None:
+        from saltflat.lab import demo
+
+        demo.run(out, seeds)
+
+    return job
+
+
+@command
+def recipes() -> Job:
+    """List the named recipes."""
+
+    def job() -> None:
+        width = max(map(len, RECIPES))
+        for name, config in RECIPES.items():
+            print(f"{name:{width}}  {described(config)}")
+
+    return job
+
+
+@command
+def download(
+    name: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="cifar10|cifar100|svhn|svhn-extra")],
+    out: Folder = Path("data"),
+) -> Job:
+    """Fetch a published data set: checked by its checksum; a transfer that broke off goes on when called again.
+
+    Args:
+        name: cifar10, cifar100, svhn, or svhn-extra.
+        out: folder for its files; what is there already and whole is not fetched again, what differs not overwritten.
+    """
+
+    def job() -> None:
+        from saltflat.lab import downloads
+
+        downloads.download(name, out)
+
+    return job
+
+
+@app.command
+def train(recipe: Recipe, out: Folder | None = None) -> Job:
+    """Train a network by a recipe, or go on with a run: `saltflat train --resume RUN`.
+
+    Args:
+        recipe: what to train, and how; every field can be overridden.
+        out: folder of the run, which must not exist; default runs/RECIPE-seedN.
+    """
+    config = checked(recipe)
+
+    def job() -> None:
+        from saltflat.lab import trainings
+
+        trainings.train(config, out or Path("runs") / f"{config.recipe}-seed{config.seed}")
+
+    return job
+
+
+def resume(resume: Folder) -> Job:
+    """Go on with a run from its last whole epoch, to end as if it had never stopped.
+
+    Args:
+        resume: folder of the run.
+    """
+
+    def job() -> None:
+        from saltflat.lab import trainings
+
+        trainings.resume(resume)
+
+    return job
+
+
+@command
+def label(
+    run: RunOrCheckpoint,
+    images: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="NPZ")],
+    out: Path,
+    checkpoint: str = "best",
+    batch_size: Count = 512,
+    device: str = "auto",
+    data_path: Path | None = None,
+) -> Job:
+    """Label images by a network, for `--extra.path` of rst recipes.
+
+    Args:
+        run: a run folder, or a .safetensors file in one.
+        images: an npz file with `image`, uint8, (N, H, W, C) or (N, C, H, W), of the size that the network knows.
+        out: the file to write, an npz with `image` and `label`; it must not exist.
+        checkpoint: best (on validation), or last.
+        batch_size: images at a time.
+        device: auto, cpu, cuda, or cuda:N.
+        data_path: where the run's data are now; default where they were.
+    """
+
+    def job() -> None:
+        from saltflat.lab import labels, subjects
+
+        labels.label(subjects.from_run(run, checkpoint, device, None, data_path), images, out, batch_size)
+
+    return job
