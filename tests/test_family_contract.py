@@ -598,12 +598,14 @@ def test_extra_examples_are_drawn_anew_in_every_step_and_fill_their_share(data):
     drawn = []
     for epoch in range(3):
         parts = seen[5 * epoch : 5 * epoch + 5]
-        taken = [row for x, y in parts for row in rows(255 * x[:14], y[:14])]
+        batches = [rows(255 * x, y) for x, y in parts]
+        taken = [row for batch in batches for row in batch if row in own]
         assert len(set(taken)) == len(taken) == 5 * 14
-        assert set(taken) <= own
-        drawn += [tuple(rows(255 * x[14:], y[14:])) for x, y in parts]
+        drawn += [tuple(row for row in batch if row not in own) for batch in batches]
     assert all(len(part) == 6 and set(part) <= others for part in drawn)
     assert len(set(drawn)) == 15
+    mixed = [[row in own for row in rows(255 * x, y)] for x, y in seen]
+    assert all(sorted(batch, reverse=True) != batch for batch in mixed)  # both halves have some of each
 
 
 def test_swa_is_the_mean_of_the_weights_at_the_ends_of_epochs_with_statistics_of_its_own(data):
@@ -622,7 +624,7 @@ def test_swa_is_the_mean_of_the_weights_at_the_ends_of_epochs_with_statistics_of
         norm.momentum = None
     twin.train()
     with torch.no_grad():
-        for part in images.split(40):
+        for part in images.tensor_split(3):  # of 90, as many as there are batches of 40
             twin(part)
     for one, other in zip(event.model.buffers(), twin.buffers(), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)

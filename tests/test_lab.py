@@ -302,7 +302,7 @@ WIRING = {
     "awp.alternations": (3, lambda of: of.step["alternations"] == 3),
     "awp.step_inside": (True, lambda of: of.step["step_inside"]),
     "awp.share": (0.5, lambda of: of.step["share"] == 0.5),
-    "awp.truncated": (True, lambda of: not of.step["where"]("2.weight", LAST)),
+    "awp.truncated": (True, lambda of: not of.step["where"]("2.weight", of.model[2].weight)),
     "attack.norm": ("L2", lambda of: isinstance(of.attack.ball, L2) and isinstance(of.plan.measure.ball, L2)),
     "attack.eps": (0.5, lambda of: of.attack.ball.radius == of.plan.measure.ball.radius == 0.5),
     "attack.step_size": (0.5, lambda of: of.attack.step_size == of.plan.measure.step_size == 0.5),
@@ -360,7 +360,6 @@ OF_METHODS = {
         "step_size": (0.5, lambda of: of.step["climb"].keywords["step"] == Layerwise(0.5)),
     },
 }
-LAST = nn.Parameter(torch.ones(2, 2))
 EVERYWHERE = {"random-wp", "m-rwp", "arwp", "sam", "asam"}
 
 
@@ -385,13 +384,13 @@ class Built:
 
     def taken(self):
         """The arguments that the plan's step gives to whichever function takes it."""
-        model = nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2))
+        self.model = nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2))
         with ExitStack() as patches:
             called = [
                 patches.enter_context(mock.patch.object(adversaries, name))
                 for name in ("double_perturbation_step", "two_batch_step", "free_step")
             ]
-            self.plan.step(model, None, None, optimizer=None, generator=None, objective=PerExample())
+            self.plan.step(self.model, None, None, optimizer=None, generator=None, objective=PerExample())
         (found,) = [function.call_args.kwargs for function in called if function.called]
         return found
 
@@ -483,7 +482,7 @@ FIELDS = {
     "extra": "path share",
     "model": "name width depth widen_factor mean std activation initial",
     "objective": "name beta",
-    "attack": "norm eps step_size steps start mode replays final_forward",
+    "attack": "norm eps step_size steps start mode replays stop_on_collapse final_forward",
     "awp": (
         "method gamma warmup steps step_size alternations step_inside share truncated c increase eta beta shrink offset"
     ),

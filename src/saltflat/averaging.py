@@ -12,7 +12,9 @@ Sources: Izmailov et al., arXiv 1803.05407 (SWA); in adversarial training: Gowal
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable
+from itertools import chain
 
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -55,8 +57,10 @@ def swa(model: nn.Module) -> AveragedModel:
 
 
 def reestimate_statistics(model: nn.Module, batches: Iterable[Tensor]) -> None:
-    """BatchNorm's running statistics become the means over these batches, by forwards in train mode (torch's
-    `update_bn`); every module keeps its own mode. A model without BatchNorm is not run.
+    """BatchNorm's running statistics become the means over these batches, each of which counts alike, by forwards in
+    train mode (torch's `update_bn`; dropout draws) of a copy of the model. A model without BatchNorm is not run.
+
+    Raises: ValueError for no batch.
 
     >>> import torch
     >>> norm = nn.BatchNorm1d(1)
@@ -64,12 +68,10 @@ def reestimate_statistics(model: nn.Module, batches: Iterable[Tensor]) -> None:
     >>> norm.running_mean
     tensor([4.])
     """
-    modes = [(module, module.training) for module in model.modules()]
-    norms = [(module, module.momentum) for module in model.modules() if isinstance(module, _BatchNorm)]
-    try:
-        update_bn(batches, model)
-    finally:
-        for module, training in modes:
-            module.training = training
-        for norm, momentum in norms:
-            norm.momentum = momentum
+    twin, first = copy.deepcopy(model), next(iterator := iter(batches), None)  # a forward that fails changes the twin
+    if first is None:
+        raise ValueError("batches: expected at least one, got none")
+    update_bn(chain([first], iterator), twin)
+    for module, other in zip(model.modules(), twin.modules(), strict=True):
+        if isinstance(module, _BatchNorm):
+            module.load_state_dict(dict(other.named_buffers()), strict=False)

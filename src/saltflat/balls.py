@@ -84,7 +84,7 @@ class Linf:
     box: Range = (0.0, 1.0)
 
     def __post_init__(self) -> None:
-        _check_radius(self.radius)
+        check_radius(self.radius)
         _check_box(self.box)
 
     def steepest(self, gradient: Tensor, centre: Tensor) -> Tensor:
@@ -123,7 +123,7 @@ class L2:
     box: Range = (0.0, 1.0)
 
     def __post_init__(self) -> None:
-        _check_radius(self.radius)
+        check_radius(self.radius)
         _check_box(self.box)
 
     def steepest(self, gradient: Tensor, centre: Tensor) -> Tensor:
@@ -163,7 +163,7 @@ class L1:
     box: Range = (0.0, 1.0)
 
     def __post_init__(self) -> None:
-        _check_radius(self.radius)
+        check_radius(self.radius)
         _check_box(self.box)
 
     def steepest(self, gradient: Tensor, centre: Tensor) -> Tensor:
@@ -207,7 +207,7 @@ class Layerwise:
     radius: float
 
     def __post_init__(self) -> None:
-        _check_radius(self.radius)
+        check_radius(self.radius)
 
     def steepest(self, gradient: Weights, centre: Weights) -> dict[str, Tensor]:
         """v_l = radius * ‖w_l‖ * g_l / ‖g_l‖."""
@@ -241,7 +241,7 @@ class Filterwise:
     radius: float
 
     def __post_init__(self) -> None:
-        _check_radius(self.radius)
+        check_radius(self.radius)
 
     def steepest(self, gradient: Weights, centre: Weights) -> dict[str, Tensor]:
         """v_lj = radius * ‖w_lj‖ * g_lj / ‖g_lj‖."""
@@ -271,7 +271,7 @@ class Global:
     relative: bool = False
 
     def __post_init__(self) -> None:
-        _check_radius(self.radius)
+        check_radius(self.radius)
 
     def steepest(self, gradient: Weights, centre: Weights) -> dict[str, Tensor]:
         """v = radius * g / ‖g‖_2."""
@@ -307,8 +307,8 @@ class Ellipsoid:
     offset: float = 0.0
 
     def __post_init__(self) -> None:
-        _check_radius(self.radius)
-        _check_radius(self.offset, "offset")
+        check_radius(self.radius)
+        check_radius(self.offset, "offset")
 
     def steepest(self, gradient: Weights, centre: Weights) -> dict[str, Tensor]:
         """v = radius * c^2 g / ‖c g‖_2."""
@@ -350,8 +350,8 @@ class Box:
     offset: float = 0.0
 
     def __post_init__(self) -> None:
-        _check_radius(self.radius)
-        _check_radius(self.offset, "offset")
+        check_radius(self.radius)
+        check_radius(self.offset, "offset")
 
     def steepest(self, gradient: Weights, centre: Weights) -> dict[str, Tensor]:
         """v_i = radius * (|w_i| + offset) * sign(g_i)."""
@@ -477,7 +477,8 @@ def _clamp_to_box(displacement: Tensor, centre: Tensor, box: Range) -> Tensor:
     return displacement if box is None else displacement.clamp(box[0] - centre, box[1] - centre)
 
 
-def _check_radius(radius: float, name: str = "radius") -> None:
+def check_radius(radius: float, name: str = "radius") -> None:
+    """ValueError for a radius that is none."""
     if not 0 <= radius < math.inf:
         raise ValueError(f"{name}: expected a finite number >= 0, got {radius!r}")
 

@@ -143,7 +143,7 @@ class TRADES:
     beta: float = 6.0
 
     def __post_init__(self) -> None:
-        _check_beta(self.beta)
+        check_beta(self.beta)
 
     def inner(self, model: nn.Module, x: Tensor, y: Tensor) -> Value:
         with torch.no_grad():
@@ -173,7 +173,7 @@ class MART:
     beta: float = 6.0
 
     def __post_init__(self) -> None:
-        _check_beta(self.beta)
+        check_beta(self.beta)
 
     def inner(self, model: nn.Module, x: Tensor, y: Tensor) -> Value:
         classes(y, "MART")
@@ -215,6 +215,7 @@ def classes(y: Tensor, who: str) -> Tensor:
     return y
 
 
-def _check_beta(beta: float) -> None:
+def check_beta(beta: float) -> None:
+    """ValueError for a weight that is none."""
     if not 0 <= beta < float("inf"):
         raise ValueError(f"beta: expected a finite number >= 0, got {beta!r}")

@@ -17,16 +17,18 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from saltflat.balls import Weights
 from saltflat.inputs import InputAdversary
 from saltflat.objectives import Objective
 from saltflat.random import Generator
-from saltflat.weights import Ascent, Where, default, displaced, perturbed
+from saltflat.weights import Ascent, Where, displaced, perturbed
 
 Mode = Literal["eval", "train"]
 Climb = Callable[..., AbstractContextManager[Ascent]]  # a function that is called like `perturbed`
@@ -44,8 +46,8 @@ class Step:
     """What one step found. Tensors stay on the device: reading one is the caller's decision to wait.
 
     Attributes:
-        loss: at w, before the step (the same as `perturbed_loss` with `ball=None`, and where the climb asked for
-            another loss, or for none).
+        loss: at w, before the step (the same as `perturbed_loss` with `ball=None`, and where nobody asked for it: the
+            climb was on another loss, or on none, and share is 1).
         perturbed_loss: at w + v.
         x_adv: the attacked batch.
         skipped: how many weight tensors, summed over all ascent steps, had no finite, non-zero gradient.
@@ -76,7 +78,7 @@ def double_perturbation_step(
     step_size: float | None = None,
     alternations: int = 1,
     step_inside: bool = False,
-    where: Where = default,
+    where: Where | None = None,
     generator: Generator = None,
 ) -> Step:
     """Attack x, climb in w, step down.
@@ -88,16 +90,17 @@ def double_perturbation_step(
         attack: the input adversary, `PGD(...)` (K1 is its `steps`), or None to leave x alone.
         ball: the weight adversary's, `Layerwise(gamma)`; None or radius 0 skips the ascent.
         optimizer: stepped once; its gradients are cleared first and left for inspection.
-        climb: what finds v: `perturbed`, or a function that is called like it (`saltflat.neighbours`).
+        climb: what finds v: `perturbed`, or a function that is called like it (`saltflat.neighbours`), with whatever it
+            needs besides bound to it: `partial(drawn, generator=generator)`.
         climbed: (model, x, x_adv, y) -> scalar, what it is asked to maximise; default `objective.outer`.
         share: of the gradient at w + v in the descent, WT-AWP's lambda; the rest is the gradient at w. 0 skips the
-            ascent. Below 1, one forward and backward more.
+            ascent. Below 1, one forward and backward more, also where the climb has been at w: dropout draws anew.
         attack_mode: "eval", the attack sees running BatchNorm statistics and changes none; "train", batch statistics,
             and its forwards update the running ones, as in the official AT code.
         steps, step_size: K2 and eta_2 of the weight ascent, as in `perturbed`.
         alternations: A; each goes on from where both adversaries stand.
         step_inside: the optimiser steps at w + v, as in `perturbed`.
-        where: which weights are perturbed, as in `perturbed`.
+        where: which weights are perturbed, as in `perturbed`; None leaves it to the climb.
         generator: what the attack's start is drawn from.
 
     A batch whose gradient is not finite is dropped, without waiting for the device: the optimiser steps with a gradient
@@ -128,7 +131,8 @@ def double_perturbation_step(
         raise ValueError(
             f"alternations: with no weight adversary there is nothing to alternate with, got {alternations!r}"
         )
-    drop = dropping(model)
+    climb = climb if where is None else partial(climb, where=where)
+    drop = dropping(model, optimizer)
     optimizer.zero_grad()
 
     def attacked(v: Weights, x_adv: Any) -> Any:
@@ -154,15 +158,14 @@ def double_perturbation_step(
     v: Weights = {}
     losses, skipped = [], []
     for _ in range(alternations - 1):
-        with climb(model, height, ball, steps=steps, step_size=step_size, start=v, where=where) as ascent:
+        with climb(model, height, ball, steps=steps, step_size=step_size, start=v) as ascent:
             v = ascent.displacement
         losses.append(ascent.value)
         skipped.append(ascent.skipped)
         x_adv = attacked(v, x_adv)
 
-    with climb(
-        model, height, ball, steps=steps, step_size=step_size, start=v, where=where, step_inside=step_inside
-    ) as ascent:
+    with climb(model, height, ball, steps=steps, step_size=step_size, start=v, step_inside=step_inside) as ascent:
+        v = {}  # the weights stand at w + v; no copy of v is kept
         value = loss()
         value.backward()  # type: ignore[no-untyped-call]
         if step_inside:
@@ -173,20 +176,22 @@ def double_perturbation_step(
             for parameter in model.parameters():
                 if parameter.grad is not None:
                     parameter.grad.mul_(share)
-            ((1 - share) * loss()).backward()  # type: ignore[no-untyped-call]
+            rest = loss()
+            ((1 - share) * rest).backward()  # type: ignore[no-untyped-call]
         dropped = drop()
         optimizer.step()
-    at_w = None if climbed is not None else [*losses, ascent.value][0]
-    first = value.detach() if at_w is None else at_w
+    at_w = ([*losses, ascent.value] if climbed is None else []) + ([rest.detach()] if share < 1 else [])
+    first = next((found for found in at_w if found is not None), value.detach())
     return Step(first, value.detach(), x_adv, torch.stack([*skipped, ascent.skipped]).sum(), dropped)
 
 
-def dropping(model: nn.Module) -> Callable[[], Tensor]:
-    """To be called before a batch's forwards; what comes back, after its backwards: if any gradient is not finite, all
-    are set to 0 and the buffers to what they held, on the device. It returns whether that happened, 0 or 1.
+def dropping(model: nn.Module, optimizer: torch.optim.Optimizer) -> Callable[[], Tensor]:
+    """To be called before a batch's forwards; what comes back, after its backwards: if any gradient of the model or the
+    optimiser is not finite, all are set to 0 and the buffers to what they held, on the device. It returns whether that
+    happened, 0 or 1.
 
     >>> model = nn.Linear(2, 1)
-    >>> drop = dropping(model)
+    >>> drop = dropping(model, torch.optim.SGD(model.parameters()))
     >>> (model(torch.ones(1, 2)) * torch.inf).sum().backward()
     >>> drop(), model.weight.grad
     (tensor(1), tensor([[0., 0.]]))
@@ -195,25 +200,28 @@ def dropping(model: nn.Module) -> Callable[[], Tensor]:
 
     @torch.no_grad()
     def drop() -> Tensor:
-        found = [p.grad._values() if p.grad.is_sparse else p.grad for p in model.parameters() if p.grad is not None]
+        trained = dict.fromkeys(
+            [*model.parameters(), *(p for group in optimizer.param_groups for p in group["params"])]
+        )
+        found = [p.grad._values() if p.grad.is_sparse else p.grad for p in trained if p.grad is not None]
         gradients = [gradient for gradient in found if gradient.numel() > 0]
-        finite = torch.nn.utils.get_total_norm(gradients, math.inf).isfinite()
+        bad = ~torch.nn.utils.get_total_norm(gradients, math.inf).isfinite()
         for gradient in gradients:
-            gradient.copy_(gradient.where(finite, 0))
-        undo(~finite)
-        return (~finite).long()
+            gradient.masked_fill_(bad, 0)
+        undo(bad)
+        return bad.long()
 
     return drop
 
 
 def undoing(model: nn.Module) -> Callable[[Tensor], None]:
     """Takes the buffers as they are; what comes back puts them back, if it is given a true tensor, on the device."""
-    kept = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    kept = {name: buffer.clone() for name, buffer in model.named_buffers() if not is_lazy(buffer)}
 
     @torch.no_grad()
     def undo(condition: Tensor) -> None:
         for name, buffer in model.named_buffers():
-            if name in kept:
+            if name in kept and kept[name].shape == buffer.shape:  # a cache that grew stays as it is
                 buffer.copy_(kept[name].where(condition, buffer))
 
     return undo

@@ -58,15 +58,17 @@ class Plan:
         ball: t -> the weight adversary's ball, or None.
         step: `double_perturbation_step`, perhaps with some of its arguments bound, or a function that is called like it
             (`saltflat.neighbours`).
-        memory: what steps keep from one to the next, by name; emptied when training begins, saved with its state.
+        memory: what steps keep from one to the next, by name: the very dictionary that was bound to `step`, or resuming
+            loses it. Emptied when training begins, saved with its state.
         clean_forward: after each step, run the model on the clean batch in train mode, for its running statistics
             alone, as the official AT script does while it logs.
         augment: (uint8 images, generator) -> uint8 images.
         mix: (x, y, generator) -> x, y: images in [0, 1] and their classes, as the adversaries and the step see them:
             label smoothing, mixup, CutMix.
-        extra_share: of every batch, what is drawn from `fit`'s extra examples, with replacement; rounded down.
-        average: decay of the moving average of weights that is then measured and kept, or None.
-        swa_from: progress from which the weights at the ends of epochs are averaged, measured and kept, with the
+        extra_share: of every batch, what is drawn from `fit`'s extra examples, with replacement; rounded down. Where
+            the own examples run out, more of them fill the last batch. A batch is shuffled then.
+        average: decay, per batch, of the moving average of weights that is then measured and kept, or None.
+        swa_from: progress after which the weights at the ends of epochs are averaged, measured and kept, with the
             statistics of BatchNorm re-estimated on the training images as they are; or None.
         measure: the attack of the measurements at the end of each epoch.
         measure_batch_size: examples at a time in those.
@@ -96,6 +98,8 @@ class Plan:
             raise ValueError(f"extra_share: expected a number in [0, 1), got {self.extra_share!r}")
         if self.average is not None and self.swa_from is not None:
             raise ValueError(f"swa_from: expected None beside a moving average, got {self.swa_from!r}")
+        if self.swa_from is not None and not 0 <= self.swa_from < 1:
+            raise ValueError(f"swa_from: expected a number in [0, 1), got {self.swa_from!r}")
 
 
 @dataclass(frozen=True)
@@ -165,17 +169,17 @@ def fit(
             without: every step takes fewer examples of `train`, and what is left of those waits for another epoch.
         state: of an earlier `Epoch`, to go on after it; model and optimiser are loaded from it.
 
-    Raises: ValueError for a share of extra examples without such, or the reverse; FloatingPointError at the end of an
+    Raises: ValueError for a share of extra examples without such, or the reverse, and for extra examples of another
+        shape or number of classes; FloatingPointError at the end of an
         epoch in which more batches were dropped, for gradients that are not finite, than used.
     """
-    if (extra is None) != (plan.extra_share == 0):
-        raise ValueError(f"extra: expected {'some' if extra is None else 'none'} with a share of {plan.extra_share!r}")
+    _check_extra(extra, train, plan)
     device = next(model.parameters()).device
     images, labels = train.images.to(device), train.labels.to(device)
     more = None if extra is None else (extra.images.to(device), extra.labels.to(device))
     average = ema(model, plan.average) if plan.average is not None else None if plan.swa_from is None else swa(model)
     batches = math.ceil(len(train) / plan.batch_size)
-    added = int(plan.extra_share * plan.batch_size)
+    own = plan.batch_size - extra_per_batch(plan.extra_share, plan.batch_size)
     steps = plan.epochs * batches
     step = done = 0
     best = before = -1.0
@@ -195,16 +199,19 @@ def fit(
         began = time.perf_counter()
         order = torch.randperm(len(train), generator=seeded(plan.seed, epoch, ORDER)).to(device)
         generator = seeded(plan.seed, epoch, DRAWS, device=device)
-        drawn = _drawn(extra, batches, added, seeded(plan.seed, epoch, EXTRA)).to(device)
+        drawn = _drawn(extra, batches, plan.batch_size, seeded(plan.seed, epoch, EXTRA)).to(device)
         sums = torch.zeros(5, dtype=torch.float64, device=device)
         with in_mode(model, "train"):
-            for rows, extra_rows in zip(torch.split(order, plan.batch_size - added), drawn, strict=False):
+            for rows, extra_rows in zip(torch.split(order, own), drawn, strict=False):
                 for group in optimizer.param_groups:
                     group["lr"] = plan.learning_rate((step + 1) / steps)
                 progress = step / steps
                 chosen, y = images[rows], labels[rows]
                 if more is not None:
-                    chosen, y = torch.cat([chosen, more[0][extra_rows]]), torch.cat([y, more[1][extra_rows]])
+                    added = extra_rows[: plan.batch_size - len(rows)]
+                    shuffled = torch.randperm(plan.batch_size, generator=generator, device=device)
+                    chosen = torch.cat([chosen, more[0][added]])[shuffled]
+                    y = torch.cat([y, more[1][added]])[shuffled]
                 x, y = plan.mix(to_float(plan.augment(chosen, generator)), y, generator)
                 found = plan.step(
                     model,
@@ -226,9 +233,9 @@ def fit(
                 step += 1
                 sums += _sums(found, len(x))
                 yield Stepped(step, steps, epoch, found.loss, found.perturbed_loss)
-        if plan.swa_from is not None and average is not None and step / steps >= plan.swa_from:
+        if plan.swa_from is not None and average is not None and step / steps > plan.swa_from:
             average.update_parameters(model)
-            reestimate_statistics(average.module, (to_float(part) for part in torch.split(images, plan.batch_size)))
+            reestimate_statistics(average.module, (to_float(part) for part in torch.tensor_split(images, batches)))
 
         used, loss, perturbed_loss, skipped, dropped = sums.tolist()  # the epoch's one wait for the device
         if dropped > batches / 2:
@@ -243,8 +250,8 @@ def fit(
         sets = {name: measure(network, data, plan) for name, data in measured.items()}
         robust = sets["validation"]["robust_accuracy"] if "validation" in sets else -1.0
         is_best, best = robust > best, max(robust, best)
-        own = sets["train"]["robust_accuracy"] if "train" in sets else -1.0
-        collapsed, before = before - own > COLLAPSE, own
+        trained_on = sets["train"]["robust_accuracy"] if "train" in sets else -1.0
+        collapsed, before = before - trained_on > COLLAPSE, trained_on
         ball = plan.ball((step - 1) / steps)
         metrics = {
             "epoch": epoch,
@@ -291,6 +298,27 @@ def _follow(average: AveragedModel, model: nn.Module, decay: float) -> None:
     for buffer, newest in zip(average.module.buffers(), model.buffers(), strict=True):
         buffer.copy_(newest)
     average.n_averaged += 1
+
+
+def extra_per_batch(share: float, batch_size: int) -> int:
+    """How many examples of a batch are extra ones.
+
+    >>> extra_per_batch(0.29, 100), extra_per_batch(0.7, 512)
+    (29, 358)
+    """
+    return math.floor(round(share * batch_size, 6))
+
+
+def _check_extra(extra: Images | None, train: Images, plan: Plan) -> None:
+    if (extra is None) != (plan.extra_share == 0):
+        raise ValueError(f"extra: expected {'some' if extra is None else 'none'} with a share of {plan.extra_share!r}")
+    if extra is None:
+        return
+    if extra_per_batch(plan.extra_share, plan.batch_size) == 0:
+        raise ValueError(f"extra_share: expected one of {plan.batch_size} examples or more, got {plan.extra_share!r}")
+    theirs, ours = ((*of.images.shape[1:], of.num_classes) for of in (extra, train))
+    if theirs != ours:
+        raise ValueError(f"extra: expected images and classes as {train.name} has them, {ours}, got {theirs}")
 
 
 def _drawn(extra: Images | None, batches: int, size: int, generator: torch.Generator) -> Tensor:

@@ -177,6 +177,7 @@ def perturbed(
         step = replace(ball, radius=ball.radius / steps if step_size is None else step_size)
     with given_back(parameters) as centre:
         v, value, skipped = dict(start or {}), None, []
+        del start
         place(parameters, centre, v)
         for _ in range(steps):
             if isinstance(loss, Mapping):

@@ -69,6 +69,7 @@ def step(config: Train, memory: dict[str, Tensor]) -> Callable[..., Step]:
         given |= {
             "climb": climb,
             "climbed": below(objective.each, awp.c) if awp.method == "robust-wp" else None,
+            "steps": awp.steps,
             "step_size": None if awp.method in ("kaggle", "fast") else awp.step_size or None,
         }
         if attack.replays > 0:
@@ -79,7 +80,6 @@ def step(config: Train, memory: dict[str, Tensor]) -> Callable[..., Step]:
             y,
             share=awp.share,
             attack_mode=attack.mode,
-            steps=awp.steps,
             alternations=awp.alternations,
             step_inside=awp.step_inside,
             **given,

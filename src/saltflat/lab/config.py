@@ -168,6 +168,9 @@ class Attack:
     replays: CountOrZero = 0
     """m of free adversarial training: every batch is stepped on m times, each backward moves its attack on by one step
     of step_size; steps, start and mode then say nothing. 0 trains as usual."""
+    stop_on_collapse: bool = False
+    """End training, with the weights of the epoch before, when robust accuracy on training images falls by more than 20
+    points within an epoch: catastrophic overfitting, to which one-step attacks are prone. It is told either way."""
     final_forward: bool = False
     """Run the network once more on the finished attack, as the official AT script does to compare restarts. In train
     mode that feeds the running statistics, too."""
@@ -329,9 +332,9 @@ def _check_together(config: Train) -> None:
         raise BadInput(
             f"attack.replays: expected 0 with awp.method m-rwp or with alternations, got {config.attack.replays}"
         )
-    if config.attack.replays > 0 and (config.awp.share < 1 or config.awp.step_inside or config.awp.steps > 1):
+    if config.attack.replays > 0 and (config.awp.share < 1 or config.awp.step_inside):
         raise BadInput(
-            "attack.replays: expected 0 with awp.share, awp.step_inside or awp.steps, "
+            "attack.replays: expected 0 with awp.share or awp.step_inside, "
             f"which replays have none of, got {config.attack.replays}"
         )
     if config.attack.replays > 0 and config.attack.final_forward:
@@ -397,7 +400,7 @@ def _check_labels(config: Train) -> None:
         )
     if config.extra.share == 0 and config.extra.path is not None:
         raise BadInput("extra.share: expected a number > 0 for the images of extra.path, got 0")
-    if config.extra.path is not None and int(config.extra.share * config.optimizer.batch_size) == 0:
+    if config.extra.path is not None and config.extra.share * config.optimizer.batch_size < 1:
         raise BadInput(
             f"extra.share: expected at least one image of a batch of {config.optimizer.batch_size}, "
             f"got {config.extra.share:g}"

@@ -24,6 +24,8 @@ from saltflat.lab.threat import trained_against
 from saltflat.random import derived_seed
 from saltflat.train import Epoch, Stepped, fit
 
+COLLAPSED = "catastrophic overfitting: robust accuracy on training images fell by more than 20 points"
+
 
 @dataclass(frozen=True)
 class Ready:
@@ -132,11 +134,10 @@ def _ready(config: Train, network: Callable[[Train, Images], nn.Module]) -> Read
     size = config.optimizer.batch_size
     normalised = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
     last = len(sets.train) % size or size
-    halves = config.awp.method == "m-rwp"
-    if sets.extra is None and (last < 2 if halves else last == 1 and normalised):
-        why = "which m-rwp cannot halve" if halves else "which has no statistics for BatchNorm"
+    if normalised and sets.extra is None and (last == 1 or (config.awp.method == "m-rwp" and last // 2 == 1)):
         raise BadInput(
-            f"optimizer.batch_size: {len(sets.train)} images in batches of {size} leave one of a single image, {why}"
+            f"optimizer.batch_size: {len(sets.train)} images in batches of {size} leave one of a single image"
+            f"{', or one that m-rwp halves to that' if last > 1 else ''}, which has no statistics for BatchNorm"
         )
     return Ready(config, device, sets, model)
 
@@ -155,6 +156,9 @@ def _train(ready: Ready, out: Path, state: dict[str, Any] | None) -> None:
                 if isinstance(event, Stepped):
                     bar.update(task, total=event.steps, completed=event.step, description=f"epoch {event.epoch}")
                 elif isinstance(event, Epoch):
+                    if event.metrics["collapsed"] and config.attack.stop_on_collapse:
+                        say(f"epoch {event.epoch}: {COLLAPSED}; training ends with the epoch before")
+                        return
                     _keep(out, event, config)
                     left = (time.perf_counter() - began) / (event.epoch - done) * (plan.epochs - event.epoch)
                     say(_in_words(event, plan.epochs, left))
@@ -186,5 +190,5 @@ def _in_words(event: Epoch, epochs: int, left: float) -> str:
     if metrics["dropped"]:
         line += f"\n  {metrics['dropped']} batches were dropped: their gradients were not finite"
     if metrics["collapsed"]:
-        line += "\n  catastrophic overfitting: robust accuracy on training images collapsed; the best epoch is kept"
+        line += f"\n  {COLLAPSED}; best.safetensors is of the best epoch before it"
     return line

@@ -1,1 +1,1 @@
-"""The neighbours of AWP: one paper a file, each a few lines on the same balls and loops."""
+"""The neighbours of AWP, each a few lines on the same balls and loops: one idea a file."""

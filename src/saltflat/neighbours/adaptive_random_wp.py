@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from saltflat.balls import Weights
 from saltflat.neighbours.random_wp import Draws, Gaussian, drawn
+from saltflat.objectives import raised
 from saltflat.random import Generator
 from saltflat.weights import Ascent, Closure, Where, chosen_weights, trained
 
@@ -68,8 +69,8 @@ def adaptive_random_wp(
 
     Args:
         sigma: as in `random_wp`.
-        memory: {"squared_gradients." + name: F}, empty at first; changed when the block ends without an exception, from
-            `.grad` as it stands then: let it hold the gradient at w + e alone.
+        memory: {"squared_gradients." + name: F}, empty at first, in fp32 at least; changed when the block ends without
+            an exception, from `.grad` as it stands then: let it hold the gradient at w + e alone, and unscaled.
         eta, beta: as published for CIFAR-100.
         shrink: `by_filter` or `by_coordinate`.
 
@@ -104,21 +105,25 @@ def adaptively_drawn(
 ) -> Iterator[Ascent]:
     """A climb that is called like `perturbed`: `drawn`, with the memory's factors.
 
-    A gradient that is not finite is not remembered.
+    Gradients are remembered all together, or not at all if any is not finite, or all are 0.
 
-    Raises: as `drawn`; ValueError for an eta below 0, and a beta outside [0, 1].
+    Raises: as `drawn`; ValueError for an eta below 0, a beta outside [0, 1], and a memory of another model's names.
     """
     if not 0 <= eta < math.inf:
         raise ValueError(f"eta: expected a finite number >= 0, got {eta!r}")
     if not 0 <= beta <= 1:
         raise ValueError(f"beta: expected a number in [0, 1], got {beta!r}")
+    known = [name for name in memory if name.startswith(PREFIX)]
+    parameters = chosen_weights(model, where)
+    if known and not any(name.removeprefix(PREFIX) in parameters for name in known):
+        raise ValueError(f"memory: expected squared gradients of such as {next(iter(parameters))!r}, got {known[0]!r}")
     law = _Shrunk(ball, memory, eta, shrink)
     with drawn(
         model, loss, law, steps=steps, step_size=step_size, start=start,
         where=where, step_inside=step_inside, generator=generator,
     ) as ascent:  # fmt: skip
         yield ascent
-    _remember(memory, chosen_weights(model, where), beta)
+    _remember(memory, parameters, beta)
 
 
 @dataclass(frozen=True)
@@ -141,10 +146,11 @@ class _Shrunk:
 
 
 @torch.no_grad()
-def _remember(memory: dict[str, Tensor], parameters: dict[str, nn.Parameter], beta: float) -> None:
-    for name, parameter in parameters.items():
-        if parameter.grad is not None:
-            g = parameter.grad.to_dense() if parameter.grad.is_sparse else parameter.grad
-            before = memory.get(PREFIX + name, torch.zeros_like(g))
-            squares = g.square()  # which may overflow where g does not
-            memory[PREFIX + name] = beta * before + torch.where(squares.isfinite().all(), squares, 0)
+def _remember(memory: dict[str, Tensor], parameters: Mapping[str, nn.Parameter], beta: float) -> None:
+    found = {PREFIX + name: p.grad for name, p in parameters.items() if p.grad is not None}
+    squares = {name: raised(g.to_dense() if g.is_sparse else g).abs().square() for name, g in found.items()}
+    largest = torch.nn.utils.get_total_norm(squares.values(), math.inf)
+    usable = (largest > 0) & (largest < math.inf)  # all are 0 if a batch was dropped inside the block
+    for name, square in squares.items():
+        before = memory[name] if name in memory else torch.zeros_like(square)
+        memory[name] = torch.where(usable, beta * before + square, before)

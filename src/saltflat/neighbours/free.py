@@ -27,7 +27,7 @@ from saltflat.inputs import PGD
 from saltflat.objectives import Objective
 from saltflat.random import Generator
 from saltflat.step import Climb, Step, dropping
-from saltflat.weights import Where, default, perturbed
+from saltflat.weights import Where, perturbed
 
 NAME = "free_displacement"  # of d, in a memory
 
@@ -38,15 +38,16 @@ def free_step(
     y: Tensor,
     *,
     objective: Objective,
-    attack: PGD,
+    attack: PGD | None,
     ball: WeightBall | None,
     optimizer: torch.optim.Optimizer,
     memory: dict[str, Tensor],
     replays: int = 8,
     climb: Climb = perturbed,
     climbed: Callable[[nn.Module, Tensor, Tensor, Tensor], Tensor] | None = None,
+    steps: int = 1,
     step_size: float | None = None,
-    where: Where = default,
+    where: Where | None = None,
     generator: Generator = None,
 ) -> Step:
     """One batch, m times; called like `double_perturbation_step`.
@@ -57,7 +58,7 @@ def free_step(
         ball: the weight adversary's, or None.
         memory: {"free_displacement": d}, empty at first, changed; a smaller batch uses, and changes, its first rows.
         replays: m; each is an optimiser's step.
-        climb, climbed, step_size, where: as in `double_perturbation_step`.
+        climb, climbed, steps, step_size, where: as in `double_perturbation_step`.
         generator: nothing is drawn.
 
     The model stays in the mode that it is in. `Step` tells of the last replay; `skipped` is of all together, `dropped`
@@ -65,18 +66,19 @@ def free_step(
 
     Costs m forwards and backwards; twice that with AWP.
 
-    Raises: ValueError for fewer than one replay, and a loss that does not look at x_adv.
+    Raises: ValueError for fewer than one replay, no attack, and a loss that does not look at x_adv.
     """
     if replays < 1:
         raise ValueError(f"replays: expected an integer >= 1, got {replays!r}")
-    eps_step = replace(attack.ball, radius=attack.step_size)
-    kept = memory.get(NAME)
-    if kept is None or kept.shape[1:] != x.shape[1:] or len(kept) < len(x):
-        kept = torch.zeros_like(x) if kept is None or kept.shape[1:] != x.shape[1:] else _padded(kept, x)
+    if attack is None:
+        raise ValueError("attack: expected PGD, whose ball and step size are used, got None")
+    climb = climb if where is None else partial(climb, where=where)
+    x, eps_step = x.detach(), replace(attack.ball, radius=attack.step_size)
+    kept = _fitting(memory.get(NAME), x)
     d = kept[: len(x)].to(x)
     skipped, dropped = [], []
     for _ in range(replays):
-        drop = dropping(model)
+        drop = dropping(model, optimizer)
         optimizer.zero_grad()
         x_adv = (x + attack.ball.project(d, x)).requires_grad_()
 
@@ -86,7 +88,7 @@ def free_step(
             value.backward()  # type: ignore[no-untyped-call]
         else:
             height = partial(climbed or objective.outer, model, x, x_adv.detach(), y)
-            with climb(model, height, ball, step_size=step_size, where=where) as ascent:
+            with climb(model, height, ball, steps=steps, step_size=step_size) as ascent:
                 value = objective.outer(model, x, x_adv, y)
                 value.backward()  # type: ignore[no-untyped-call]
             at_w = value.detach() if ascent.value is None or climbed is not None else ascent.value
@@ -95,12 +97,15 @@ def free_step(
             raise ValueError(f"objective: expected a loss that looks at x_adv, got {objective!r}")
         dropped.append(drop())
         optimizer.step()
-        d = attack.ball.project(x_adv.detach() - x + eps_step.steepest(x_adv.grad, x), x)
-        d = torch.where(d.isfinite(), d, 0)  # a batch that is not finite is forgotten
+        ahead = attack.ball.project(x_adv.detach() - x + eps_step.steepest(x_adv.grad, x), x)
+        d = torch.where(dropped[-1] > 0, d, ahead)  # a batch that is not finite is forgotten
     memory[NAME] = torch.cat([d, kept[len(x) :].to(x)])
     counted = torch.stack(skipped).sum() if skipped else torch.zeros((), dtype=torch.int64, device=x.device)
     return Step(at_w, value.detach(), x + d, counted, torch.stack(dropped).amax())
 
 
-def _padded(kept: Tensor, x: Tensor) -> Tensor:
+def _fitting(kept: Tensor | None, x: Tensor) -> Tensor:
+    """At least as many rows as x; 0 where there was none, or one of another shape."""
+    if kept is None or kept.shape[1:] != x.shape[1:]:
+        return torch.zeros_like(x)
     return torch.cat([kept.to(x), torch.zeros_like(x[len(kept) :])])

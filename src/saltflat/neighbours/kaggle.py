@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from saltflat.balls import Box, Layerwise, WeightBall, Weights
-from saltflat.weights import Ascent, Closure, Where, chosen_weights, default, given_back, held, perturbed
+from saltflat.weights import Ascent, Closure, Where, chosen_weights, default, perturbed
 
 AVERAGES = ("exp_avg", "momentum_buffer")  # what torch's Adam family and its SGD call them
 
@@ -35,6 +35,7 @@ def kaggle_awp(
     *,
     step_size: float = 1.0,
     eps: float = 1e-4,
+    steps: int = 1,
     where: Where = default,
 ) -> AbstractContextManager[Ascent]:
     """w + v inside the block, w to the bit afterwards, as `perturbed`.
@@ -42,13 +43,16 @@ def kaggle_awp(
     Args:
         loss: () -> scalar; or, as on Kaggle, the gradient {name: p.grad} of a backward that was made anyway.
         step_size: the step, relative to each layer's norm ("adv_lr").
-        eps: the box, relative to each weight ("adv_eps").
+        eps: the box, relative to each weight ("adv_eps"). In bf16 1e-4 is less than rounding, and refused: keep weights
+            in fp32, under autocast.
+        steps: of the climb ("adv_step").
 
     >>> model, x = nn.Linear(4, 2), torch.rand(8, 4)
     >>> with kaggle_awp(model, lambda: model(x).square().mean()):
     ...     model(x).square().mean().backward()
     """
-    return perturbed(model, loss, Box(eps), step=Layerwise(step_size), where=where)
+    _check_moves(model, where, eps)
+    return perturbed(model, loss, Box(eps), steps=steps, step=Layerwise(step_size), where=where)
 
 
 def fast_awp(
@@ -72,25 +76,26 @@ def fast_awp(
     ...     model(x).square().mean().backward()
     >>> optimizer.step()
     """
+    _check_moves(model, where, eps)
     return along_momentum(model, None, Box(eps), optimizer=optimizer, step=Layerwise(step_size), where=where)
 
 
 def momentum(model: nn.Module, optimizer: torch.optim.Optimizer, *, where: Where = default) -> dict[str, Tensor]:
-    """{name: the optimiser's moving average of gradients}, for the tensors that have one by now.
+    """{name: the optimiser's moving average of gradients}, 0 before its first step. With the weight decay of SGD or of
+    Adam it is of gradients that have the decay in them; AdamW keeps the two apart, as the notebook has it.
 
     Raises: ValueError for an optimiser that keeps none.
     """
-    without = any(group.get("momentum") == 0 for group in optimizer.param_groups)
+    groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
     found = {}
     for name, parameter in chosen_weights(model, where).items():
         state: dict[str, Any] = optimizer.state.get(parameter, {})
         average = next((state[key] for key in AVERAGES if state.get(key) is not None), None)
-        if average is None and (state or without):
+        if average is None and (state or groups.get(id(parameter), {}).get("momentum") == 0):
             raise ValueError(
                 f"optimizer: expected one with momentum ({' or '.join(AVERAGES)}), got {type(optimizer).__name__}"
             )
-        if average is not None:
-            found[name] = average
+        found[name] = torch.zeros_like(parameter) if average is None else average
     return found
 
 
@@ -115,15 +120,14 @@ def along_momentum(
     if steps != 1:
         raise ValueError(f"steps: a momentum at hand allows one step, got {steps!r}")
     direction = momentum(model, optimizer, where=where)
-    if direction:
-        climb = perturbed(
-            model, direction, ball, step_size=step_size, step=step,
-            start=start, where=where, step_inside=step_inside,
-        )  # fmt: skip
-        with climb as ascent:
-            yield ascent
-    else:
-        parameters = chosen_weights(model, where)
-        still = next(iter(parameters.values())).new_full((), len(parameters), dtype=torch.int64)
-        with given_back(parameters) as centre, held(parameters, centre, None, still, step_inside) as ascent:
-            yield ascent
+    with perturbed(
+        model, direction, ball, step_size=step_size, step=step, start=start, where=where, step_inside=step_inside
+    ) as ascent:
+        yield ascent
+
+
+def _check_moves(model: nn.Module, where: Where, eps: float) -> None:
+    """ValueError where w + eps w is w again, by rounding."""
+    for name, parameter in chosen_weights(model, where).items():
+        if 0 < eps < torch.finfo(parameter.dtype).eps / 2:
+            raise ValueError(f"eps: moves no weight of {parameter.dtype} ({name!r}); keep weights in fp32, got {eps!r}")

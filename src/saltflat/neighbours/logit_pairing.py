@@ -3,19 +3,21 @@
     inner  CE(z', y)
     outer  mean_i (CE(z_i, y_i) + CE(z'_i, y_i)) / 2 + beta mean_ik (z_ik - z'_ik)^2
 
+Deviation: x and x' are two forwards, of which BatchNorm sees one after the other, where the authors' code has one; and
+the attack is on the label, where theirs may aim at the least likely class.
+
 Source: Kannan, Kurakin, Goodfellow, "Adversarial Logit Pairing", arXiv 1803.06373. What it gains does not withstand
 stronger attacks (Engstrom, Ilyas, Athalye, arXiv 1807.10272): evaluate it with AutoAttack.
 """
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
-from saltflat.objectives import Value, ce, raised
+from saltflat.objectives import Value, ce, check_beta, raised
 
 
 @dataclass(frozen=True)
@@ -32,8 +34,7 @@ class ALP:
     beta: float = 0.5
 
     def __post_init__(self) -> None:
-        if not 0 <= self.beta < math.inf:
-            raise ValueError(f"beta: expected a finite number >= 0, got {self.beta!r}")
+        check_beta(self.beta)
 
     def inner(self, model: nn.Module, x: Tensor, y: Tensor) -> Value:
         return lambda x_adv: ce(model(x_adv), y)

@@ -25,12 +25,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from saltflat.balls import Weights
+from saltflat.balls import Weights, check_radius
 from saltflat.inputs import InputAdversary
 from saltflat.objectives import Objective
 from saltflat.random import Generator, normal
 from saltflat.schedules import Schedule
-from saltflat.step import Mode, Step, dropping, in_mode
+from saltflat.step import Mode, Step, double_perturbation_step, dropping, in_mode
 from saltflat.weights import Ascent, Closure, Where, buffers_kept, chosen_weights, given_back, held, place, trained
 
 
@@ -54,8 +54,7 @@ class Gaussian:
     radius: float
 
     def __post_init__(self) -> None:
-        if not 0 <= self.radius < math.inf:
-            raise ValueError(f"radius: expected a finite number >= 0, got {self.radius!r}")
+        check_radius(self.radius)
 
     def sample(self, centre: Weights, generator: Generator = None, surface: bool = False) -> dict[str, Tensor]:
         """One normal number for every weight, tensor by tensor; `surface` says nothing here, since there is none."""
@@ -112,7 +111,7 @@ def drawn(
     if step_size is not None:
         raise ValueError(f"step_size: a draw has none, expected None, got {step_size!r}")
     if start:
-        raise ValueError(f"start: a draw begins at w, expected none, got {len(start)} tensors")
+        raise ValueError(f"start: a draw begins at w (no alternations), expected none, got {len(start)} tensors")
     parameters = chosen_weights(model, where)
     with given_back(parameters) as centre:
         v = ball.sample(centre, generator)
@@ -142,9 +141,9 @@ def two_batch_step(
     g = (1 - share) grad L_1(w) + share grad L_2(w + e)
 
     Args:
-        x, y: both batches, one after the other (an even number of examples, so that each half is what the authors call
-            a batch).
-        ball: `Gaussian(sigma)`; None or radius 0 is plain training on both halves.
+        x, y: both batches, one after the other, in random order (an even number of examples, so that each half is what
+            the authors call a batch; a single example is the first half).
+        ball: `Gaussian(sigma)`; None or radius 0 is plain training on all of x.
         share: the paper's lambda; 0 is plain training on the first half.
 
     Buffers see the first half alone, as the authors' code has it. `Step.loss` is that of the first half at w,
@@ -152,15 +151,19 @@ def two_batch_step(
     """
     if not 0 <= share <= 1:
         raise ValueError(f"share: expected a number in [0, 1], got {share!r}")
-    if len(y) < 2:
-        raise ValueError(f"x: expected at least two examples to make two batches of, got {len(y)}")
-    drop = dropping(model)
+    half = (len(y) + 1) // 2
+    if ball is None or ball.radius == 0 or share == 0 or len(y) == 1:
+        rows = slice(0, half) if share == 0 else slice(None)
+        return double_perturbation_step(
+            model, x[rows], y[rows], objective=objective, attack=attack, ball=None,
+            optimizer=optimizer, attack_mode=attack_mode, generator=generator,
+        )  # fmt: skip
+    drop = dropping(model, optimizer)
     optimizer.zero_grad()
     x_adv: Any = x
     if attack is not None:
         with in_mode(model, attack_mode):
             x_adv = attack(objective.inner(model, x, y), x, generator=generator)
-    half = (len(y) + 1) // 2
 
     def loss(rows: slice) -> Tensor:
         return objective.outer(model, x[rows], x_adv[rows], y[rows])
@@ -168,15 +171,12 @@ def two_batch_step(
     first, second = slice(0, half), slice(half, None)
     at_w = loss(first)
     ((1 - share) * at_w).backward()  # type: ignore[no-untyped-call]
-    away = at_w
-    if share > 0:
-        noise: Any = Gaussian(0.0) if ball is None else ball
-        with drawn(model, None, noise, where=where, generator=generator), buffers_kept(model):
-            away = loss(second)
-            (share * away).backward()  # type: ignore[no-untyped-call]
+    with drawn(model, None, ball, where=where, generator=generator) as found, buffers_kept(model):
+        away = loss(second)
+        (share * away).backward()  # type: ignore[no-untyped-call]
     dropped = drop()
     optimizer.step()
-    return Step(at_w.detach(), away.detach(), x_adv, at_w.new_zeros((), dtype=torch.int64), dropped)
+    return Step(at_w.detach(), away.detach(), x_adv, found.skipped, dropped)
 
 
 def _filter_norms(w: Tensor) -> Tensor:

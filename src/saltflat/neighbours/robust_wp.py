@@ -6,7 +6,8 @@
 
 l_i is the loss of example i, [.] is 1 or 0 (the loss stationary condition, looked at anew in every step), N counts all
 examples, and the norms are those of all perturbed tensors together. Gradients are added as they are; only their sum is
-normalised, so v lies on the sphere in every step, unless no example has ever been below c: then it is 0.
+normalised, so v lies on the sphere in every step, unless no example has ever been below c: then it is 0. A gradient
+that is not finite is left out of the sum, tensor by tensor.
 
 Three parts that go together with others as well: `below` (a loss), `accumulated` (a climb), and `Global(gamma,
 relative=True)` (a ball). With c = inf, one step and `Layerwise`, this is AWP.
@@ -100,7 +101,9 @@ def accumulated(
     if step_size is not None:
         raise ValueError(f"step_size: gradients are added as they are, expected None, got {step_size!r}")
     if start:
-        raise ValueError(f"start: the sum of gradients begins at 0, expected none, got {len(start)} tensors")
+        raise ValueError(
+            f"start: the sum of gradients begins at 0 (no alternations), expected none, got {len(start)} tensors"
+        )
     closures, parameters = as_closures(loss), chosen_weights(model, where)
     with given_back(parameters) as centre:
         total: dict[str, Tensor] = {}
@@ -110,11 +113,12 @@ def accumulated(
             if not g:
                 raise ValueError(f"loss: reaches none of the {len(parameters)} weights that are perturbed")
             value = reached if value is None else value
-            # A gradient may be a view of a bucket that the next backward fills, so the first one is copied, too.
-            total |= {name: total[name] + found if name in total else found.clone() for name, found in g.items()}
+            # A copy, too: under DDP a gradient may be a view of a bucket that the next backward fills.
+            found = {name: torch.where(part.isfinite().all(), part, 0) for name, part in g.items()}
+            total |= {name: total[name] + part if name in total else part for name, part in found.items()}
             v = ball.project(ball.steepest(total, centre), centre)
             place(parameters, centre, v)
             skipped += [(ahead == 0).all() for ahead in v.values()]
-        del total, g, v
+        del total, g, found, v
         with held(parameters, centre, value, torch.stack(skipped).sum(), step_inside) as ascent:
             yield ascent

@@ -39,14 +39,16 @@ def all_but_last(model: nn.Module) -> Where:
     >>> [name for name, parameter in model.named_parameters() if where(name, parameter)]
     ['0.weight']
     """
-    owners = {name: name.rpartition(".")[0] for name, parameter in model.named_parameters() if default(name, parameter)}
+    every = dict(model.named_parameters(remove_duplicate=False))  # a last layer may be tied to the first
+    owners = {name: name.rpartition(".")[0] for name, parameter in every.items() if default(name, parameter)}
     last = next(reversed(owners.values()), "")
     left = _outside(last, owners)
-    while (parent := last.rpartition(".")[0]) in owners.values() and _outside(parent, owners):
-        last, left = parent, _outside(parent, owners)
-    if not left:
+    while (parent := last.rpartition(".")[0]) in owners.values() and (further := _outside(parent, owners)):
+        last, left = parent, further
+    inside = {id(every[name]) for name in owners.keys() - left}
+    if not left or all(id(every[name]) in inside for name in left):
         raise ValueError(f"model: expected at least two layers with weights, got {min(1, len(owners))}")
-    return lambda name, parameter: name in left and default(name, parameter)
+    return lambda name, parameter: default(name, parameter) and id(parameter) not in inside
 
 
 def _outside(module: str, owners: Mapping[str, str]) -> set[str]:
