@@ -321,7 +321,7 @@ def test_metrics_of_an_epoch_without_its_state_are_dropped(tmp_path):
         build.optimizer(settings, ready.model),
     )
     first = next(event for event in training if isinstance(event, Epoch))
-    state = {**first.state, "config": trainings._identity(settings)}
+    state = {**first.state, "config": trainings._identity(ready)}
     checkpoints.save_state(folder / "checkpoints" / "resume.pt", state)
     run("train", "--resume", folder)
     assert [line["epoch"] for line in record.read_metrics(folder)] == [1, 2]

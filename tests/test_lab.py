@@ -120,14 +120,23 @@ BAD = {
     "data.mix": ({"data": {"mix": "cutmix"}, "objective": {"name": "mart"}}, "mart needs classes"),
     "data.mix_alpha": ({"data": {"mix_alpha": 0.5}}, "expected 1 without data.mix, got 0.5"),
     "awp.steps": ({"awp": {"method": "arwp", "gamma": 0.1, "steps": 2}}, "arwp has one, expected 1, got 2"),
-    "awp.step_size": ({"awp": {"method": "robust-wp", "step_size": 1}}, "robust-wp has none, expected 0, got 1"),
-    "awp.step_inside": ({"awp": {"method": "m-rwp", "step_inside": True}}, "m-rwp steps at w, expected false"),
-    "awp.share": ({"awp": {"share": 0.5, "step_inside": True}}, "expected 1 with awp.step_inside"),
+    "awp.step_size": (
+        {"awp": {"method": "robust-wp", "gamma": 0.1, "step_size": 1}},
+        "robust-wp has none, expected 0, got 1",
+    ),
+    "awp.step_inside": (
+        {"awp": {"method": "m-rwp", "gamma": 0.1, "share": 0.5, "step_inside": True}},
+        "m-rwp steps at w, expected false",
+    ),
+    "awp.share": ({"awp": {"gamma": 0.1, "share": 0.5, "step_inside": True}}, "expected 1 with awp.step_inside"),
     "awp.increase": ({"awp": {"increase": 2.0}}, "awp has a gamma that stays, expected 0, got 2"),
     "awp.c": ({"awp": {"c": 4.0}}, "belongs to awp.method robust-wp; expected 1.7 with awp, got 4"),
     "awp.eta": ({"awp": {"eta": 4.0}}, "belongs to awp.method arwp"),
-    "awp.offset": ({"awp": {"method": "sam", "offset": 4.0}}, "belongs to awp.method asam; expected 0.01 with sam"),
-    "attack.replays": ({"attack": {"replays": 4}, "awp": {"share": 0.5}}, "expected 0 with awp.share"),
+    "awp.offset": (
+        {"awp": {"method": "sam", "gamma": 0.1, "offset": 4.0}},
+        "belongs to awp.method asam; expected 0.01 with sam",
+    ),
+    "attack.replays": ({"attack": {"replays": 4}, "awp": {"gamma": 0.1, "share": 0.5}}, "expected 0 with awp.share"),
     "attack.final_forward": ({"attack": {"replays": 4, "final_forward": True}}, "expected false with attack.replays"),
     "model.activation": ({"model": {"activation": "silu"}}, "small-cnn has relu only, got 'silu'"),
     "optimizer.nesterov": ({"optimizer": {"nesterov": True, "momentum": 0}}, "needs optimizer.momentum > 0"),
@@ -305,7 +314,7 @@ WIRING = {
     "awp.truncated": (True, lambda of: not of.step["where"]("2.weight", of.model[2].weight)),
     "attack.norm": ("L2", lambda of: isinstance(of.attack.ball, L2) and isinstance(of.plan.measure.ball, L2)),
     "attack.eps": (0.5, lambda of: of.attack.ball.radius == of.plan.measure.ball.radius == 0.5),
-    "attack.step_size": (0.5, lambda of: of.attack.step_size == of.plan.measure.step_size == 0.5),
+    "attack.step_size": (0.001, lambda of: of.attack.step_size == of.plan.measure.step_size == 0.001),
     "attack.steps": (7, lambda of: of.attack.steps == 7 and of.plan.measure.steps == 10),
     "attack.start": ("zero", lambda of: of.attack.start is zero and of.plan.measure.start is uniform),
     "attack.mode": ("train", lambda of: of.step["attack_mode"] == "train"),
@@ -416,6 +425,7 @@ def test_every_field_reaches_what_it_is_about(field):
 def test_every_neighbour_s_field_reaches_what_it_is_about(method, field):
     value, holds = OF_METHODS[method][field]
     config = with_field(PLAIN, "awp.method", method)
+    config = with_field(config, "awp.share", 0.5) if method == "m-rwp" else config
     assert not holds(Built(config if field else PLAIN))
     found = Built(checked(with_field(config, f"awp.{field}", value) if field else config))
     assert holds(found)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from commands import QUICK, run
 from networks import equal_states
+from safetensors.torch import load_file
 
 from saltflat.data import digits
 from saltflat.data.download import Source
@@ -228,3 +229,99 @@ def test_svhn_s_extra_images_join_svhn_and_nothing_else(tmp_path, capsys):
     wrong = refused(capsys, "train", "at", *QUICK, "--extra.path", tmp_path, "--extra.share", "0.5")
     assert "extra.path: " in wrong
     assert "expected images and classes as digits" in wrong
+
+
+def test_natural_training_keeps_the_epoch_with_the_best_clean_accuracy(tmp_path):
+    run("train", "at", *QUICK, "--objective.name", "natural", "--optimizer.epochs", "4", "--out", tmp_path / "run")
+    lines = record.read_metrics(tmp_path / "run")
+    clean = [line["validation"]["clean_accuracy"] for line in lines]
+    assert [line["best"] for line in lines] == [accuracy > max([-1.0, *clean[:i]]) for i, accuracy in enumerate(clean)]
+
+
+def test_what_measures_takes_steps_of_a_quarter_of_eps_at_most(tmp_path):
+    run("train", "fast-at", *QUICK, "--attack.steps", "1", "--out", tmp_path / "run")
+    assert "step 0.0375" in (tmp_path / "run" / "evaluation.json").read_text()
+
+
+def test_other_extra_images_are_not_gone_on_with(images, tmp_path, capsys):
+    """Nor is anything said of a file that was moved."""
+    extra = tmp_path / "extra.npz"
+    pixels = np.load(images)["image"]
+    np.savez(extra, image=pixels, label=np.arange(len(pixels)) % 10)
+    run("train", "rst", *QUICK, "--optimizer.epochs", "1", "--extra.path", extra, "--out", tmp_path / "run")
+    config = tmp_path / "run" / "config.yaml"
+    state = torch.load(tmp_path / "run" / "checkpoints" / "resume.pt", weights_only=True)
+    torch.save({**state, "epoch": 0}, tmp_path / "run" / "checkpoints" / "resume.pt")  # as if there was more to do
+    np.savez(extra, image=pixels, label=np.arange(len(pixels)) % 9)
+    assert "(or what extra.path holds) was changed" in refused(capsys, "train", "--resume", tmp_path / "run")
+    np.savez(tmp_path / "moved.npz", image=pixels, label=np.arange(len(pixels)) % 10)
+    extra.unlink()
+    config.write_text(config.read_text().replace(str(extra), str(tmp_path / "moved.npz")))
+    run("train", "--resume", tmp_path / "run")
+    assert [line["epoch"] for line in record.read_metrics(tmp_path / "run")] == [1]
+
+
+def test_a_finished_run_of_another_version_is_finished(trained, tmp_path, capsys):
+    old = tmp_path / "old"
+    shutil.copytree(trained, old)
+    state = torch.load(old / "checkpoints" / "resume.pt", weights_only=True)
+    del state["memory"], state["before"]
+    torch.save(state, old / "checkpoints" / "resume.pt")
+    run("train", "--resume", old)
+    assert "is finished: 2 epochs" in capsys.readouterr().out
+    torch.save({**state, "epoch": 1}, old / "checkpoints" / "resume.pt")
+    assert "perhaps another version wrote it" in refused(capsys, "train", "--resume", old)
+
+
+def test_a_comparison_looks_at_everything_before_it_trains_anything(tmp_path, capsys):
+    out = tmp_path / "c"
+    words = refused(capsys, "study", "compare", "at", "--examples", "100000", "--out", out)
+    assert "examples: expected at most the 597 test examples, got 100000" in words
+    words = refused(
+        capsys, "study", "compare", "at", "rst", "--set", "data.examples=60", "--out", out
+    )  # rst has no images
+    assert "extra.path: " in words
+    assert not out.exists()
+    assert "set: expected each field once, got optimizer.epochs again" in refused(
+        capsys, "study", "compare", "at", "--set", "optimizer.epochs=1", "optimizer.epochs=2", "--out", out
+    )
+
+
+def test_changes_are_spelled_as_on_the_command_line():
+    assert changed(RECIPES["at"], ["optimizer.learning-rate=0.2"]).optimizer.learning_rate == 0.2
+    assert str(changed(RECIPES["cifar10-at"], ["data.path=12"]).data.path) == "12"
+
+
+def test_weights_to_begin_with_are_looked_at(trained, tmp_path, capsys):
+    file = tmp_path / "nan.pt"
+    state = load_file(trained / "checkpoints" / "last.safetensors")
+    torch.save({name: tensor * torch.nan for name, tensor in state.items()}, file)
+    words = refused(capsys, "train", "at", *QUICK, "--model.initial", file, "--out", tmp_path / "run")
+    assert "expected finite weights" in words
+    own = trained / "checkpoints" / "last.safetensors"
+    words = refused(
+        capsys, "train", "at", *QUICK, "--model.mean", "0.5", "--model.initial", own, "--out", tmp_path / "r"
+    )
+    assert "normalises by model.mean [0.3] and model.std [0.38]; set them" in words
+    assert not (tmp_path / "run").exists()
+
+
+def test_flatness_from_where_training_began_needs_no_file_of_others(trained, tmp_path):
+    initial = tmp_path / "begin.safetensors"
+    shutil.copy(trained / "checkpoints" / "last.safetensors", initial)
+    run("train", "at", *QUICK, "--model.initial", initial, "--out", tmp_path / "tuned")
+    initial.unlink()
+    run("flatness", tmp_path / "tuned", "--measures", "norms", "--examples", "20")
+
+
+def test_what_a_network_was_trained_on_is_what_it_can_be_evaluated_on(trained, tmp_path):
+    read = digits()
+    arrays = {"x_train": read.train, "x_test": read.test}
+    labels = {"y_train": read.train.labels[:40].numpy(), "y_test": read.test.labels[:40].numpy()}
+    np.savez(tmp_path / "own.npz", **{k: v.images[:40].numpy() for k, v in arrays.items()}, **labels)
+    theirs = shutil.copy(trained / "checkpoints" / "last.safetensors", tmp_path / "theirs.safetensors")
+    command = ["evaluate", theirs, "--model", "small-cnn-4", "--data", "npz", "--data-path", tmp_path / "own.npz"]
+    out = tmp_path / "out"
+    run(*command, "--mean", "0.3", "--std", "0.38", "--eps", "0.1", "--attacks", "clean", "--out", out)
+    (summary,) = (json.loads(path.read_text()) for path in (out / "outcomes").glob("*.json"))
+    assert (summary["split"], summary["n"]) == ("test", 40)

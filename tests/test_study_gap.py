@@ -91,14 +91,27 @@ def test_recipes_join_by_name():
     for config in added.values():
         assert config.awp == RECIPES["cifar10-at-awp"].awp
         assert config.data == grid.SMALL.base.data
-    for name, why in (("at-wap", "expected names that"), ("at-awp", "is in the grid already")):
+    for names, why in (
+        (["at-wap"], "expected names that"),
+        (["at-awp"], "is in the grid already"),
+        (["alp", "alp"], "expected each once, got 'alp' again"),
+        (["cifar10-at"], "'cifar10-at' adds nothing"),  # the base's own method by another name
+        (["fast-at-awp"], "'fast-at-awp' is more than that"),
+        (["cifar10-at-official"], "'cifar10-at-official' is more than that"),
+        (["rst"], "'rst' is more than that"),
+    ):
         with pytest.raises(BadInput, match=rf"recipes: .*{why}"):
-            grid.trainings(grid.SMALL, [name])
+            grid.trainings(grid.SMALL, names)
 
 
-def test_no_config_stands_twice():
-    joined = grid.trainings(grid.SMALL, ["cifar10-at"])  # the base's own method by another name
-    assert list(joined) == list(grid.trainings(grid.SMALL))
+NEIGHBOURS = [name for name in RECIPES if name.startswith("at-") and "swa" not in name and name != "at-awp"]
+
+
+@pytest.mark.parametrize("name", NEIGHBOURS)
+def test_every_neighbour_joins_under_its_own_name(name):
+    added = set(grid.trainings(grid.SMALL, [name])) - set(grid.trainings(grid.SMALL))
+    assert added == {f"{name}-seed{seed}" for seed in range(3)}
+    assert grid.trainings(grid.SMALL, [name])[f"{name}-seed0"].recipe == name
 
 
 def test_a_row_holds_what_the_records_say(runs):

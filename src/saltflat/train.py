@@ -104,7 +104,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Stepped:
-    """A step is done. `loss` (at w) and `perturbed_loss` (at w + v) stay on the device."""
+    """A step is done. `loss` and `perturbed_loss`, as in `Step`, stay on the device."""
 
     step: int
     steps: int
@@ -130,7 +130,7 @@ class Epoch:
             robust accuracy and loss; `gap` is robust accuracy on train minus on test, and robust loss on test minus on
             train; `collapsed`, whether robust accuracy on train fell by more than 20 points since the epoch before;
             `skipped` and `dropped`, as in `Step`, over all steps.
-        best: robust accuracy on `validation` is the highest so far.
+        best: robust accuracy on `validation` is the highest so far; clean accuracy, where training attacks nothing.
         model: the network that was measured (the average, if there is one).
         state: all that `fit` needs to go on from here, as tensors and numbers; save it before asking for the next
             event.
@@ -248,8 +248,9 @@ def fit(
         begun = average is not None and int(average.n_averaged) > 0
         network: nn.Module = average.module if average is not None and begun else model
         sets = {name: measure(network, data, plan) for name, data in measured.items()}
-        robust = sets["validation"]["robust_accuracy"] if "validation" in sets else -1.0
-        is_best, best = robust > best, max(robust, best)
+        judged = "clean_accuracy" if plan.attack((step - 1) / steps) is None else "robust_accuracy"
+        chosen_by = sets["validation"][judged] if "validation" in sets else -1.0
+        is_best, best = chosen_by > best, max(chosen_by, best)
         trained_on = sets["train"]["robust_accuracy"] if "train" in sets else -1.0
         collapsed, before = before - trained_on > COLLAPSE, trained_on
         ball = plan.ball((step - 1) / steps)

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from saltflat import data as datasets
 from saltflat import models
 from saltflat.data import Images, Splits
 from saltflat.inputs import PGD, gaussian, uniform, zero
-from saltflat.lab import adversaries
+from saltflat.lab import adversaries, record
 from saltflat.lab.config import BadInput, Data, Train
 from saltflat.lab.threat import trained_against
 from saltflat.models import published
@@ -116,7 +117,10 @@ def with_extra(sets: Sets, config: Train) -> Sets:
             return replace(sets, extra=datasets.labelled(path, like=own))
         extra = datasets.svhn_extra(path)
         if (extra.images.shape[1:], extra.num_classes) != (own.images.shape[1:], own.num_classes):
-            raise ValueError(f"{extra.name}: expected images and classes as {own.name} has them")
+            shapes = [(*of.images.shape[1:], of.num_classes) for of in (own, extra)]
+            raise ValueError(
+                f"{extra.name}: expected images and classes as {own.name} has them, {shapes[0]}, got {shapes[1]}"
+            )
         return replace(sets, extra=extra)
     except (OSError, ValueError) as error:
         raise BadInput(f"extra.path: {' '.join(str(error).split())}") from None
@@ -182,6 +186,9 @@ def begun(config: Train, like: Images) -> nn.Module:
             for name, tensor in read_state(path).items()
         }
         fitted, inside = published.fitted(found, model)
+        if bad := [name for name, tensor in fitted.items() if not tensor.isfinite().all()]:
+            raise ValueError(f"{path}: expected finite weights, got {bad[0]!r} with others")
+        _check_pixels(path, config)
     except (OSError, ValueError) as error:
         raise BadInput(f"model.initial: {' '.join(str(error).split())}") from None
     if inside is not None and (tuple(inside.mean), tuple(inside.std)) != (config.model.mean, config.model.std):
@@ -191,6 +198,15 @@ def begun(config: Train, like: Images) -> nn.Module:
         )
     model.load_state_dict(fitted)
     return model
+
+
+def _check_pixels(path: Path, config: Train) -> None:
+    """ValueError for a checkpoint of a run whose network normalises otherwise, which its weights do not hold."""
+    folder = path.absolute().parent.parent
+    if path.suffix == ".safetensors" and (folder / "config.yaml").is_file():
+        of = record.read_config(folder).model
+        if (of.mean, of.std) != (config.model.mean, config.model.std):
+            raise ValueError(f"{path} normalises by model.mean {list(of.mean)} and model.std {list(of.std)}; set them")
 
 
 def _another_head(name: str, tensor: Tensor, head: str, own: Tensor) -> bool:
@@ -281,7 +297,8 @@ def plan(config: Train, classes: int) -> Plan:
         "cyclic": cyclic(of.learning_rate),
     }[of.schedule]
     starts = {"uniform": uniform, "gaussian": gaussian(1e-3), "zero": zero}
-    pgd = replace(trained_against(config.attack).pgd(config.attack.steps), start=starts[config.attack.start])
+    ball = trained_against(config.attack).ball
+    pgd = PGD(ball, config.attack.step_size, config.attack.steps, starts[config.attack.start])
     attacker = FinalForwardToo(pgd) if config.attack.final_forward else pgd
     pair = objective(config)
     return Plan(

@@ -73,6 +73,14 @@ def save_state(path: Path, state: dict[str, Any]) -> None:
         torch.save(state, temporary)
 
 
+def epochs_done(path: Path) -> int:
+    """How many epochs a state is of, also one that an earlier version wrote; 0 if it cannot be read."""
+    try:
+        return int(torch.load(path, map_location="cpu", weights_only=True)["epoch"])
+    except Exception:  # whatever torch's readers raise; `load_state` says what is wrong
+        return 0
+
+
 def load_state(path: Path, model: nn.Module, averaged: bool) -> dict[str, Any]:
     """What `save_state` wrote; no code in it is ever run. BadInput if it cannot be read, or is not of such a run."""
     try:
@@ -81,7 +89,9 @@ def load_state(path: Path, model: nn.Module, averaged: bool) -> dict[str, Any]:
         # torch.load raises whatever its readers do: for a cut archive and for a pickle with code alike
         raise BadInput(f"run: cannot go on from {path}: {str(error).splitlines()[0]}") from None
     if not isinstance(state, dict) or state.keys() != KEYS:
-        raise BadInput(f"run: cannot go on from {path}: expected {', '.join(sorted(KEYS))} in it")
+        raise BadInput(
+            f"run: cannot go on from {path}: expected {', '.join(sorted(KEYS))} in it; perhaps another version wrote it"
+        )
     if (state["average"] is not None) != averaged:
         raise BadInput(f"run: cannot go on from {path}: its average of weights does not fit optimizer.average")
     _check_fit(state["model"], model, path)

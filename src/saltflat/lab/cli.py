@@ -82,6 +82,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except BadInput as error:
         print(f"saltflat: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
+    except BrokenPipeError:  # whoever read the output has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except (FloatingPointError, OSError) as error:
         print(f"saltflat: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(1)

@@ -182,7 +182,7 @@ class Awp:
 
     method: Adversary = "awp"
     """Who perturbs the weights: AWP, or one of its neighbours."""
-    gamma: NotNegative = 0.0
+    gamma: Annotated[Number, Field(ge=0, le=1000)] = 0.0
     """Size of the weight perturbation; 0 is none. Relative to the norm of each layer (awp), of all weights (robust-wp),
     of each filter and for every number in it (random-wp, m-rwp, arwp: sigma), to each weight (asam: rho; kaggle, fast:
     eps), or in units of the weights (sam: rho)."""
@@ -370,6 +370,11 @@ def _check_together(config: Train) -> None:
 def _check_awp(awp: Awp) -> None:
     """What does not go together in the weight adversary."""
     name = awp.method
+    if awp.gamma == 0 and (name != "awp" or awp.share < 1 or awp.truncated):
+        what = name if name != "awp" else "awp.share" if awp.share < 1 else "awp.truncated"
+        raise BadInput(f"awp.gamma: expected a number > 0 for {what}, got 0")
+    if awp.share == 1 and name == "m-rwp":
+        raise BadInput("awp.share: m-rwp weighs its two halves, expected a number below 1, such as 0.5, got 1")
     if awp.steps > 1 and name not in STEPPED:
         raise BadInput(f"awp.steps: {name} has one, expected 1, got {awp.steps}")
     if awp.step_size > 0 and (name in DRAWN or name == "robust-wp"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 from saltflat.data.download import SOURCES, Source, fetch
@@ -15,8 +16,12 @@ def download(name: str, out: Path) -> None:
     if name not in SOURCES:
         raise BadInput(f"name: expected one of {', '.join(SOURCES)}, got {name!r}")
     check_folder("out", out)
-    for source in SOURCES[name]:
-        say(f"{source.name}: {_fetched(source, out)}")
+    try:
+        for source in SOURCES[name]:
+            say(f"{source.name}: {_fetched(source, out)}")
+    finally:
+        with contextlib.suppress(OSError):  # a folder that something is in stays
+            out.rmdir()
 
 
 def _fetched(source: Source, out: Path) -> Path:

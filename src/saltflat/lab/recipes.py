@@ -5,8 +5,9 @@
 scripts): PreActResNet-18 for AT, WideResNet-34-10 for TRADES and MART, gamma 0.01 for AT, 0.005 from the tenth epoch on
 else. `svhn-at` and `svhn-at-awp` are the scripts' SVHN.
 
-`at-NEIGHBOUR` is AT with another weight adversary (docs/family.md), at its published size, or on digits at one of ours
-where that was made for fine-tuning. `alp`, `fast-at`, `free-at`, `at-swa` and `rst` are other ways of adversarial
+`at-NEIGHBOUR` is AT with another weight adversary (docs/family.md). RobustWP, the random ones, SAM and ASAM have their
+published sizes for CIFAR; WT-AWP's is AWP's, since its own is for graphs, and Kaggle's are those for fine-tuning (on
+digits, larger ones of ours). `alp`, `fast-at`, `free-at`, `at-swa` and `rst` are other ways of adversarial
 training, each with and without AWP. `rst` and `generated` need labelled images beside the data (`--extra.path`); the
 latter is the setting of Wang et al., ICML 2023.
 
@@ -25,10 +26,13 @@ which is what we hold to be right, does not:
 
 Not reproduced: the first batch of an epoch attacked in eval mode (AT on CIFAR-10), the rate that drops one epoch
 earlier (TRADES), the best epoch chosen on the test set, BatchNorm over half batches on two GPUs. MART has no official
-script with AWP: its AWP setting is TRADES'. Of the others: momentum that moves with a cyclic rate, and a rate that
-peaks at 50 % (fast and free AT; here at 40 %); label smoothing (ALP); a rate that stays within an epoch, an attack on
-batch statistics, a decay of the average that grows at first, BatchNorm's momentum of 0.01 and padding on one side
-(generated).
+script with AWP: its AWP setting is TRADES'.
+
+Nor, of the others: an attack on the network in train mode (fast and free AT), momentum that moves with the rate (fast
+and free AT, generated), a rate that peaks at 50 % of training (fast and free AT; here at 40 %), label smoothing (ALP),
+a rate that stays within an epoch and epochs as long as with the validation images (RST, generated), an attack on batch
+statistics, a rate that begins at a 25th, a decay of the average that grows at first, decay of the last bias, a momentum
+of 0.01 for BatchNorm and padding on one side (generated).
 """
 
 from __future__ import annotations
@@ -110,6 +114,11 @@ NEIGHBOURS = {
     "kaggle-awp": Awp("kaggle", gamma=1e-4),
     "fast-awp": Awp("fast", gamma=1e-3),
 }
+ON_CIFAR100 = {
+    "robust-wp": replace(NEIGHBOURS["robust-wp"], c=4.0),
+    "sam": Awp("sam", gamma=0.1),
+    "asam": Awp("asam", gamma=1.0),
+}
 ON_DIGITS = {"kaggle-awp": 0.01, "fast-awp": 0.01}  # gamma, where the published one was made for fine-tuning
 
 
@@ -154,7 +163,12 @@ def generated(base: Train) -> Train:
     """Generated images (Wang et al., ICML 2023): TRADES, beta 5, 70 % of every batch generated."""
     return replace(
         base,
-        data=replace(base.data, validation_examples=1024, label_smoothing=0.1),
+        data=replace(
+            base.data,
+            validation_examples=1024,
+            label_smoothing=0.1,
+            rotation=15.0 if base.data.name == "cifar100" else 0.0,
+        ),
         extra=Extra(share=0.7),
         model=replace(base.model, name="wide-resnet", depth=28, widen_factor=10, activation="silu"),
         objective=Objective("trades", 5.0),
@@ -189,7 +203,7 @@ def _digits() -> dict[str, Train]:
         found[f"at-{name}"] = replace(at, recipe=f"at-{name}", awp=sized)
     for name, (config, awp) in others(at).items():
         found |= _with_and_without(name, config, awp)
-    return found | _with_and_without("rst", rst(at, at.model), AWP["at"])
+    return found | _with_and_without("rst", rst(at, at.model), replace(AWP["trades"], warmup=0))
 
 
 def _cifar(data: Literal["cifar10", "cifar100"]) -> dict[str, Train]:
@@ -201,11 +215,9 @@ def _cifar(data: Literal["cifar10", "cifar100"]) -> dict[str, Train]:
             if objective != "mart":
                 found[f"{name}-official"] = official(found[name])
     at, trades = found[f"{data}-at"], found[f"{data}-trades"]
-    c = 1.7 if data == "cifar10" else 4.0
-    for name, awp in NEIGHBOURS.items():
-        sized = replace(awp, c=c) if name == "robust-wp" else awp
-        found[f"{data}-at-{name}"] = replace(at, recipe=f"{data}-at-{name}", awp=sized)
-    robust = replace(NEIGHBOURS["robust-wp"], gamma=0.005, warmup=9, c=c)
+    for name, awp in {**NEIGHBOURS, **(ON_CIFAR100 if data == "cifar100" else {})}.items():
+        found[f"{data}-at-{name}"] = replace(at, recipe=f"{data}-at-{name}", awp=awp)
+    robust = replace(NEIGHBOURS["robust-wp"], gamma=0.005, warmup=9)  # c is 1.7 in the script for TRADES always
     found[f"{data}-trades-robust-wp"] = replace(trades, recipe=f"{data}-trades-robust-wp", awp=robust)
     for name, (config, awp) in others(at).items():
         found |= _with_and_without(f"{data}-{name}", config, awp)
@@ -248,31 +260,32 @@ RECIPES: dict[str, Train] = _all()
 
 DATA = {"digits": "bundled digits", "cifar10": "CIFAR-10", "cifar100": "CIFAR-100", "svhn": "SVHN"}
 OBJECTIVE = {"natural": "Natural", "at": "AT", "trades": "TRADES", "mart": "MART", "alp": "ALP"}
+# What a weight adversary is called, and in the names of recipes
 ADVERSARY = {
-    "awp": "AWP",
-    "robust-wp": "RobustWP",
-    "random-wp": "RandomWP",
-    "m-rwp": "m-RWP",
-    "arwp": "ARWP",
-    "sam": "SAM",
-    "asam": "ASAM",
-    "kaggle": "Kaggle AWP",
-    "fast": "fast AWP",
+    "awp": ("AWP", "awp"),
+    "wt-awp": ("WT-AWP", "wt-awp"),
+    "robust-wp": ("RobustWP", "robust-wp"),
+    "random-wp": ("RandomWP", "random-wp"),
+    "m-rwp": ("m-RWP", "m-rwp"),
+    "arwp": ("ARWP", "arwp"),
+    "sam": ("SAM", "sam"),
+    "asam": ("ASAM", "asam"),
+    "kaggle": ("Kaggle AWP", "kaggle-awp"),
+    "fast": ("fast AWP", "fast-awp"),
 }
 
 
-def adversary(awp: Awp) -> str:
-    """What the weight adversary is called; nothing where there is none."""
-    if not awp.gamma:
-        return ""
-    return "WT-AWP" if awp.method == "awp" and (awp.share < 1 or awp.truncated) else ADVERSARY[awp.method]
+def adversary(awp: Awp) -> tuple[str, str]:
+    """What the weight adversary is called, and in recipes; two empty words where there is none."""
+    weighted = awp.method == "awp" and (awp.share < 1 or awp.truncated)
+    return ADVERSARY["wt-awp" if weighted else awp.method] if awp.gamma else ("", "")
 
 
 def described(config: Train) -> str:
     """One line for lists and help."""
     data, method = DATA.get(config.data.name, config.data.name), OBJECTIVE[config.objective.name]
-    name = adversary(config.awp)
-    awp = f"-{name} (gamma {config.awp.gamma:g})" if name == "AWP" else f" + {name}" if name else ""
+    name, _ = adversary(config.awp)
+    awp = f"{'-' if name == 'AWP' else ' + '}{name} (gamma {config.awp.gamma:g})" if name else ""
     ways = [
         f"free, {config.attack.replays} replays" if config.attack.replays else "",
         "one-step attack" if config.attack.steps == 1 and not config.attack.replays else "",

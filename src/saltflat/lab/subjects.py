@@ -6,6 +6,7 @@ A run folder knows all of it. A checkpoint of somebody else's is told its networ
 from __future__ import annotations
 
 import re
+import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,7 +20,7 @@ from saltflat.balls import Weights
 from saltflat.data import Images, stratified_subset
 from saltflat.evaluation.suite import prepared
 from saltflat.lab import build, checkpoints, record
-from saltflat.lab.config import BadInput, Data
+from saltflat.lab.config import BadInput, Data, Train, checked
 from saltflat.lab.threat import Threat, trained_against
 from saltflat.models import published
 from saltflat.objectives import AT, Objective
@@ -64,7 +65,7 @@ def from_run(
         path, checkpoint = path.absolute().parent.parent, path.stem
     config = record.read_config(path)
     if data_path is not None:
-        config = replace(config, data=replace(config.data, path=data_path))
+        config = checked(replace(config, data=replace(config.data, path=data_path)))
     file = weights or path / "checkpoints" / f"{checkpoint}.safetensors"
     if weights is None and not file.is_file():
         there = sorted(found.stem for found in (path / "checkpoints").glob("*.safetensors"))
@@ -89,8 +90,16 @@ def from_run(
         },
         threat=trained_against(config.attack),
         objective=build.losses(config),
-        initial=lambda: build.begun(config, sets.train).state_dict(),
+        initial=lambda: _initial(path, config, sets.train),
     )
+
+
+def _initial(run: Path, config: Train, like: Images) -> Weights:
+    """The weights that training began with: kept in the run if they were read, else drawn again."""
+    model, kept = build.network(config, like), run / "checkpoints" / "initial.safetensors"
+    if config.model.initial is not None:
+        checkpoints.load_weights(kept, model)
+    return model.state_dict()
 
 
 @dataclass(frozen=True)
@@ -138,15 +147,19 @@ def _splits(about: Foreign) -> dict[str, tuple[Tensor, Tensor]]:
     if about.data != "digits" and about.data_path is None:
         raise BadInput(f"data_path: expected where the data are (--data {about.data}), got none")
     try:
-        if about.data == "npz":
-            assert about.data_path is not None
+        if about.data == "npz" and about.data_path is not None and not _has_splits(about.data_path):
             return {"test": datasets.arrays(about.data_path)}
         read = build.splits(Data(name=about.data, path=about.data_path))  # type: ignore[arg-type]
     except ValueError as error:
-        raise BadInput(str(error).replace("data.path", "data_path")) from None
+        raise BadInput(f"data_path: {str(error).removeprefix('data.path: ')}") from None
     except OSError as error:
         raise BadInput(f"data_path: {error}") from None
     return {"test": _pair(read.test), "train": _pair(read.train)}
+
+
+def _has_splits(path: Path) -> bool:
+    """Whether an npz file is one that networks are trained on, with `x_train` and the rest."""
+    return zipfile.is_zipfile(path) and "x_train.npy" in zipfile.ZipFile(path).namelist()
 
 
 def _pair(images: Images) -> tuple[Tensor, Tensor]:

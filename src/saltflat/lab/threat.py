@@ -72,8 +72,10 @@ class Threat:
 
 
 def trained_against(attack: Attack) -> Threat:
-    """The threat model that a config's attack stands for."""
-    return Threat(attack.norm, attack.eps, attack.step_size)
+    """The threat model that a config's attack stands for. Steps of what measures it are at most a quarter of eps, also
+    where training takes one long step.
+    """
+    return Threat(attack.norm, attack.eps, min(attack.step_size, attack.eps / 4))
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ as `BadInput`.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import time
 from collections.abc import Callable, Mapping
@@ -24,7 +25,7 @@ from saltflat.lab.threat import trained_against
 from saltflat.random import derived_seed
 from saltflat.train import Epoch, Stepped, fit
 
-COLLAPSED = "catastrophic overfitting: robust accuracy on training images fell by more than 20 points"
+FELL = "robust accuracy on training images fell by more than 20 points"
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,15 @@ def train(config: Train, out: Path) -> None:
         "weights": build.weights_in_words(config),
     }
     record.create(out, config, versions, measured)
+    if config.model.initial is not None:
+        say(f"weights begin with those of {config.model.initial}")
+        checkpoints.save_weights(out / "checkpoints" / "initial.safetensors", ready.model)
     _train(ready, out, None)
+
+
+def check(config: Train) -> Ready:
+    """All that training asks for; BadInput if anything is not in order. Nothing is written."""
+    return _ready(config, build.begun)
 
 
 def check_free(runs: Mapping[Path, Train]) -> None:
@@ -71,28 +80,32 @@ def resume(out: Path) -> None:
     path, metrics = out / "checkpoints" / "resume.pt", record.read_metrics(out)
     if not path.exists() and len(metrics) > 1:
         raise BadInput(f"run: {out} has {len(metrics)} epochs but no {path.name} to go on from")
+    if path.exists() and checkpoints.epochs_done(path) >= config.optimizer.epochs:
+        say(f"{out} is finished: {config.optimizer.epochs} epochs.")
+        return
     ready, state = _ready(config, build.network if path.exists() else build.begun), None
     if path.exists():
         averaged = config.optimizer.average > 0 or config.optimizer.swa_from > 0
         state = checkpoints.load_state(path, ready.model, averaged)
-        if state["config"] != _identity(config):
-            changed = out / "config.yaml"
+        if state["config"] != _identity(ready):
+            changed = f"{out / 'config.yaml'}{' (or what extra.path holds)' if config.extra.path else ''}"
             raise BadInput(f"run: {changed} was changed since the run began: put it back, or begin a new run")
-        if state["epoch"] >= config.optimizer.epochs:
-            say(f"{out} is finished: {config.optimizer.epochs} epochs.")
-            return
     record.keep_metrics_until(out, 0 if state is None else state["epoch"])
     _train(ready, out, state)
 
 
-def _identity(config: Train) -> str:
+def _identity(ready: Ready) -> str:
     """A digest of all that decides the numbers; where, and on how many threads, a run goes on may change, and what is
     kept of it.
     """
+    config, more = ready.config, ready.sets.extra
     data, extra = replace(config.data, path=None), replace(config.extra, path=None)
     deciding = asdict(replace(config, device="", threads=0, data=data, extra=extra))
     del deciding["model"]["initial"]
     del deciding["keep_every"]
+    if more is not None:
+        parts = (more.images.contiguous().numpy(), more.labels.numpy())
+        deciding["extra"]["digest"] = [hashlib.sha256(part.data).hexdigest() for part in parts]
     return record.digest(deciding)
 
 
@@ -147,7 +160,7 @@ def _train(ready: Ready, out: Path, state: dict[str, Any] | None) -> None:
     plan, done = build.plan(config, sets.train.num_classes), 0 if state is None else state["epoch"]
     parameters = sum(parameter.numel() for parameter in model.parameters())
     say(f"{config.recipe}, seed {config.seed}: {len(sets.train)} images, {parameters:,} parameters, in {out}")
-    began = time.perf_counter()
+    began, identity = time.perf_counter(), _identity(ready)
     try:
         with progress() as bar:
             task = bar.add_task("training", total=None)
@@ -157,17 +170,17 @@ def _train(ready: Ready, out: Path, state: dict[str, Any] | None) -> None:
                     bar.update(task, total=event.steps, completed=event.step, description=f"epoch {event.epoch}")
                 elif isinstance(event, Epoch):
                     if event.metrics["collapsed"] and config.attack.stop_on_collapse:
-                        say(f"epoch {event.epoch}: {COLLAPSED}; training ends with the epoch before")
+                        say(f"epoch {event.epoch}: {FELL}; training ends with the epoch before")
                         return
-                    _keep(out, event, config)
+                    _keep(out, event, config, identity)
                     left = (time.perf_counter() - began) / (event.epoch - done) * (plan.epochs - event.epoch)
-                    say(_in_words(event, plan.epochs, left))
+                    say(_in_words(event, config, left))
     except KeyboardInterrupt:
         say(f"interrupted; go on with: saltflat train --resume {out}")
         raise
 
 
-def _keep(out: Path, event: Epoch, config: Train) -> None:
+def _keep(out: Path, event: Epoch, config: Train, identity: str) -> None:
     """Metrics first, the state last: what stands in between is made again, equal, if the run is killed here."""
     record.append_metrics(out, event.metrics)
     if event.best:
@@ -175,11 +188,11 @@ def _keep(out: Path, event: Epoch, config: Train) -> None:
     if event.epoch in kept_epochs(config):
         checkpoints.save_weights(out / "checkpoints" / f"epoch-{event.epoch}.safetensors", event.model)
     checkpoints.save_weights(out / "checkpoints" / "last.safetensors", event.model)
-    checkpoints.save_state(out / "checkpoints" / "resume.pt", {**event.state, "config": _identity(config)})
+    checkpoints.save_state(out / "checkpoints" / "resume.pt", {**event.state, "config": identity})
 
 
-def _in_words(event: Epoch, epochs: int, left: float) -> str:
-    metrics = event.metrics
+def _in_words(event: Epoch, config: Train, left: float) -> str:
+    metrics, epochs = event.metrics, config.optimizer.epochs
     train, test, gap = metrics["train"], metrics["test"], metrics["gap"]
     line = (
         f"epoch {event.epoch:{len(str(epochs))}}/{epochs}  loss {metrics['loss']:.3f}  "
@@ -190,5 +203,6 @@ def _in_words(event: Epoch, epochs: int, left: float) -> str:
     if metrics["dropped"]:
         line += f"\n  {metrics['dropped']} batches were dropped: their gradients were not finite"
     if metrics["collapsed"]:
-        line += f"\n  {COLLAPSED}; best.safetensors is of the best epoch before it"
+        one_step = config.attack.steps == 1 or config.attack.replays > 0
+        line += f"\n  {'catastrophic overfitting? ' if one_step else ''}{FELL} since the epoch before"
     return line

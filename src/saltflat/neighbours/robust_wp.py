@@ -93,6 +93,7 @@ def accumulated(
     step_inside: bool = False,
 ) -> Iterator[Ascent]:
     """A climb that is called like `perturbed`: v is the ball's steepest member for the sum of all gradients so far.
+    `skipped` counts the tensors for which all gradients together were 0.
 
     Raises: as `perturbed`; ValueError for a `step_size`, which would cancel, and for a `start`.
     """
@@ -107,7 +108,7 @@ def accumulated(
     closures, parameters = as_closures(loss), chosen_weights(model, where)
     with given_back(parameters) as centre:
         total: dict[str, Tensor] = {}
-        value, skipped = None, []
+        value = None
         for _ in range(steps):
             g, reached = climbing_gradient(model, closures, parameters)
             if not g:
@@ -118,7 +119,7 @@ def accumulated(
             total |= {name: total[name] + part if name in total else part for name, part in found.items()}
             v = ball.project(ball.steepest(total, centre), centre)
             place(parameters, centre, v)
-            skipped += [(ahead == 0).all() for ahead in v.values()]
+        skipped = torch.stack([(part == 0).all() for part in v.values()]).sum()  # by all gradients together
         del total, g, found, v
-        with held(parameters, centre, value, torch.stack(skipped).sum(), step_inside) as ascent:
+        with held(parameters, centre, value, skipped, step_inside) as ascent:
             yield ascent

@@ -28,9 +28,9 @@ def places_for(value: float, digits: int = 3) -> int:
     return min(6, max(0, digits - 1 - math.floor(math.log10(abs(value)))))
 
 
-def counted(n: int, noun: str) -> str:
+def counted(n: int, noun: str, plural: str = "") -> str:
     """
-    >>> counted(1, "seed"), counted(3, "seed")
-    ('1 seed', '3 seeds')
+    >>> counted(1, "seed"), counted(3, "seed"), counted(2, "batch", "batches")
+    ('1 seed', '3 seeds', '2 batches')
     """
-    return f"{n} {noun}{'' if n == 1 else 's'}"
+    return f"{n} {noun if n == 1 else plural or f'{noun}s'}"

@@ -12,6 +12,7 @@ from saltflat.lab.report.statistics import Group, measured, runs_of
 SHARED_EVALUATION = {
     "attack": "The epochs were measured with different attacks",
     "mode": "The epochs were measured in different modes",
+    "weights": "The epochs were measured at different kinds of weights",
 }
 SHARED_ENVIRONMENT = {
     "git.commit": "The runs come from different commits",
@@ -47,6 +48,8 @@ def _remarks(group: Group, run: Run) -> list[str]:
     unfinished = bool(run.epochs) and run not in group.finished
     planned = run.config.get("optimizer.epochs", "")
     skipped = sum(epoch.skipped or 0 for epoch in run.epochs)
+    dropped = sum(epoch.dropped or 0 for epoch in run.epochs)
+    fallen = ", ".join(str(epoch.number) for epoch in run.epochs if epoch.collapsed)
     losses = [loss for epoch in run.epochs for loss in (epoch.train.robust_loss, epoch.test.robust_loss)]
     end = f"Stopped after epoch {run.reached} of"
     tensors = counted(skipped, "weight tensor")
@@ -55,7 +58,9 @@ def _remarks(group: Group, run: Run) -> list[str]:
         f"{end} {planned}": planned.isdigit() and 0 < run.reached < int(planned) and not unfinished,
         "No epoch was chosen on a validation split: there is no best": run.epochs and not run.best,
         "A robust loss is not finite": not all(map(math.isfinite, losses)),
-        f"{tensors} had no usable ascent gradient and stayed unperturbed for a step": skipped,
+        f"{tensors} stayed unperturbed for a step: no usable gradient, or nothing to climb": skipped,
+        f"{counted(dropped, 'batch', 'batches')} dropped, whose gradients were not finite": dropped,
+        f"Robust accuracy on the training subset fell by more than 20 points in epoch {fallen}": fallen,
         "The working tree had uncommitted changes": run.environment.get("git.dirty") == "yes",
     }
     return [text for text, holds in remarks.items() if holds]

@@ -57,7 +57,9 @@ class Epoch:
     seconds: Number = math.nan
     evaluation_seconds: Number = math.nan
     skipped: int | None = 0
+    dropped: int | None = 0
     best: bool | None = False
+    collapsed: bool | None = False
 
     @property
     def clean(self) -> float:

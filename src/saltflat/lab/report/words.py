@@ -159,7 +159,10 @@ def measurement_caption(groups: Sequence[Group]) -> str:
     mode = distinct(run.evaluation.get("mode") for run in runs)
     attack = f"Attack: {attacks}." if attacks else "The attack is not on record."
     images = f" n = {train} training and {test} test images." if train else ""
-    return f"{attack}{images} Measured at the unperturbed weights w, {mode or 'eval'} mode, without augmentation."
+    weights = distinct(run.evaluation.get("weights") for run in runs)
+    at = "w" if weights in ("", "w") else f"({weights})"
+    how = f"{mode or 'eval'} mode, without augmentation"
+    return f"{attack}{images} Measured at the unperturbed weights {at}, {how}."
 
 
 def machine_caption(groups: Sequence[Group]) -> str:

@@ -24,6 +24,7 @@ from saltflat.lab.subjects import from_run
 from saltflat.lab.threat import columns, trained_against
 
 CHECKPOINTS = ("best", "last")
+PATHS = ("path", "initial")  # fields whose values are not to be taken for numbers
 
 
 def study(
@@ -33,8 +34,11 @@ def study(
     began = time.perf_counter()
     runs = configs(recipes, changes, seeds, out)
     trainings.check_free(runs)
-    for config in runs.values():
-        columns(attacks, trained_against(config.attack))  # BadInput before anything is trained
+    for folder, config in runs.items():  # BadInput before anything is trained
+        columns(attacks, trained_against(config.attack))
+        there = len(trainings.check(config).sets.test) if not folder.exists() else examples
+        if examples > there:
+            raise BadInput(f"examples: expected at most the {there} test examples, got {examples}")
     for folder, config in runs.items():
         trainings.made(config, folder)
         for checkpoint in CHECKPOINTS:
@@ -68,10 +72,15 @@ def changed(config: Train, changes: Sequence[str]) -> Train:
     2
     """
     tree = asdict(config)
+    seen: set[str] = set()
     for change in changes:
         name, equals, text = change.partition("=")
+        name = name.replace("-", "_")  # as on the command line
         if not equals:
             raise BadInput(f"set: expected FIELD=VALUE, such as optimizer.epochs=2, got {change!r}")
+        if name in seen:
+            raise BadInput(f"set: expected each field once, got {name} again")
+        seen.add(name)
         *sections, leaf = name.split(".")
         inner: Any = tree
         for section in sections:
@@ -79,7 +88,7 @@ def changed(config: Train, changes: Sequence[str]) -> Train:
         if not isinstance(inner, dict) or leaf not in inner or leaf in ("recipe", "seed"):
             raise BadInput(f"set: expected the name of a recipe's field, such as optimizer.epochs, got {name!r}")
         try:
-            inner[leaf] = yaml.safe_load(text)
+            inner[leaf] = text if leaf in PATHS else yaml.safe_load(text)
         except yaml.YAMLError:
             raise BadInput(f"set: expected a value for {name}, got {text!r}") from None
     return checked(tree)

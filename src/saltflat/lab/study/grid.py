@@ -14,8 +14,8 @@ from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from saltflat.lab.config import Attack, BadInput, Data, Evaluation, Model, Optimizer, Train
-from saltflat.lab.recipes import RECIPES, adversary
+from saltflat.lab.config import Attack, Awp, BadInput, Data, Evaluation, Model, Objective, Optimizer, Train
+from saltflat.lab.recipes import OBJECTIVES, RECIPES, adversary
 
 Change = Mapping[str, Any]  # "awp.gamma" -> value
 NOT_AN_AXIS = ("recipe", "device", "threads", "keep_every", "data.path", "extra.path", "evaluation")
@@ -117,7 +117,10 @@ def trainings(
     >>> list(trainings(replace(SMALL, axes={"awp.gamma": (0.01,)}, methods={"at": {}, "at-awp": {"awp.gamma": 0.005}})))
     ['at-seed0', 'at-seed1', 'at-seed2', 'at-awp-seed0', 'at-awp-seed1', 'at-awp-seed2', 'at-gamma-0.01']
     """
-    methods = {**grid.methods, **{name: _method(name, grid) for name in recipes}}
+    given = list(recipes)
+    if repeated := [name for i, name in enumerate(given) if name in given[:i]]:
+        raise BadInput(f"recipes: expected each once, got {repeated[0]!r} again")
+    methods = {**grid.methods, **{name: _method(name, grid) for name in given}}
     base = replace(grid.base, device=device or grid.base.device)
     base = base if data_path is None else replace(base, data=replace(base.data, path=data_path))
     found: dict[str, Train] = {}
@@ -168,7 +171,7 @@ def _changed(config: Train, changes: Change) -> Train:
 
 def _named(config: Train) -> Train:
     """The recipe's name says the objective, and who perturbs the weights."""
-    name = adversary(config.awp).lower().replace(" ", "-")
+    _, name = adversary(config.awp)
     return replace(config, recipe=config.objective.name + (f"-{name}" if name else ""))
 
 
@@ -178,9 +181,19 @@ def _method(recipe: str, grid: Grid) -> Change:
     if recipe in grid.methods:
         raise BadInput(f"recipes: {recipe!r} is in the grid already; expected others")
     of = RECIPES[recipe]
-    usual = of.attack.replays == 0 and of.attack.steps == grid.base.attack.steps and of.extra == grid.base.extra
-    if not usual or of.optimizer.swa_from != grid.base.optimizer.swa_from:
+    prefix = "" if of.data.name == "digits" else f"{of.data.name}-"
+    if _bare(of) not in [_bare(RECIPES[name]) for name in (f"{prefix}{of}" for of in OBJECTIVES) if name in RECIPES]:
         raise BadInput(
             f"recipes: a grid takes a recipe's objective and weight adversary alone, and {recipe!r} is more than that"
         )
-    return {"objective": of.objective, "awp": of.awp}
+    found = {"objective": of.objective, "awp": of.awp}
+    if _named(_changed(grid.base, found)) in [
+        _named(_changed(grid.base, changes)) for changes in grid.methods.values()
+    ]:
+        raise BadInput(f"recipes: {recipe!r} adds nothing to the grid; expected others")
+    return found
+
+
+def _bare(config: Train) -> Train:
+    """All but the objective and the weight adversary."""
+    return replace(config, recipe="", objective=Objective(), awp=Awp())
