@@ -10,6 +10,7 @@ import PIL.Image as pillow
 import pyarrow
 import pytest
 import torch
+from PIL import ExifTags
 from torch import Tensor
 
 from saltflat.data import (
@@ -97,6 +98,24 @@ def test_parquet_decodes_jpeg_as_pillow_does(tmp_path: Path) -> None:
     assert torch.equal(splits.train.images, as_tensor(expected[None].copy()))
 
 
+def test_parquet_stands_images_upright_as_the_hub_does(tmp_path: Path) -> None:
+    image, exif, buffer = colour(1, height=4, width=5)[0], pillow.Exif(), io.BytesIO()
+    exif[ExifTags.Base.Orientation] = 6  # the first row is the right side, the first column the top
+    pillow.fromarray(image).save(buffer, "PNG", exif=exif)
+    upright = np.rot90(image, -1).copy()
+    splits = parquet(pair(tmp_path, [buffer.getvalue(), encoded(upright)], [buffer.getvalue()]))
+    assert torch.equal(splits.train.images, as_tensor(np.stack([upright, upright])))
+    assert torch.equal(splits.test.images, as_tensor(upright[None]))
+
+
+def test_parquet_reads_transparent_palettes_without_a_warning(tmp_path: Path) -> None:
+    image, buffer = pillow.new("P", (4, 5), 1), io.BytesIO()
+    image.putpalette([0, 0, 0, 255, 0, 51])
+    image.save(buffer, "PNG", transparency=bytes([255, 7]))
+    splits = parquet(pair(tmp_path, [buffer.getvalue()], [buffer.getvalue()]))
+    assert torch.equal(splits.train.images[0, :, 0, 0], torch.tensor([255, 0, 51], dtype=torch.uint8))
+
+
 GOOD_ROW = encoded(colour(1)[0])
 
 
@@ -138,6 +157,10 @@ def test_parquet_refuses_labels_that_are_missing_or_out_of_range(tmp_path: Path)
         parquet(pair(tmp_path / "many", rows, rows, [0, 1, 2]), num_classes=2)
     with pytest.raises(ValueError, match=r"labels must lie in 0 \.\.\. 1, got -1 \.\.\. 1"):
         parquet(pair(tmp_path / "negative", rows, rows, [0, 1, -1]))
+    with pytest.raises(ValueError, match=r"huge: expected classes below 100000, got 1000000000000$"):
+        parquet(pair(tmp_path / "huge", rows, rows, [0, 1, 10**12]))
+    with pytest.raises(ValueError, match=r"train-0\.parquet: expected classes below 100000, got 9223372036854775808$"):
+        parquet(pair(tmp_path / "unsigned", rows, rows, pyarrow.array([0, 1, 2**63], pyarrow.uint64())))
 
 
 def test_parquet_names_what_is_missing(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """SVHN out of MATLAB files, damaged ones too; they are written here byte by byte, and once by SciPy."""
 
 import struct
+import tracemalloc
 import zlib
 from collections.abc import Iterable
 from pathlib import Path
@@ -9,10 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from damaged import pixels, read_or_refused, refusal
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from saltflat.data import Images, svhn, svhn_extra
+from saltflat.data import svhn, svhn_extra
 
 TYPES = {"i1": 1, "u1": 2, "i2": 3, "u2": 4, "i4": 5, "u4": 6, "f4": 7, "f8": 9, "i8": 12, "u8": 13}
 CLASSES = {"f8": 6, "f4": 7, "i1": 8, "u1": 9, "i2": 10, "u2": 11, "i4": 12, "u4": 13, "i8": 14, "u8": 15}
@@ -37,8 +39,15 @@ def matrix(name: str, array: Any, order: str = "<", flags: int = 0) -> bytes:
     )
 
 
-def compressed(variable: bytes, order: str = "<") -> bytes:
+def overlong(variable: bytes) -> bytes:
+    """Its flags as a small element that says to have eight bytes, though these hold four at most."""
+    return variable[:8] + struct.pack("<I", 8 << 16 | 6) + variable[16:20] + variable[24:]
+
+
+def compressed(variable: bytes, order: str = "<", cut: int = 0) -> bytes:
+    """Without the last `cut` bytes of the stream, whose last four are its checksum."""
     data = zlib.compress(variable, 1)
+    data = data[: len(data) - cut]
     return struct.pack(f"{order}II", 15, len(data)) + data
 
 
@@ -47,9 +56,8 @@ def header(order: str = "<") -> bytes:
 
 
 def digits(number: int, seed: int = 0) -> tuple[Any, Any]:
-    generator = np.random.default_rng(seed)
-    x = generator.integers(0, 256, (32, 32, 3, number), dtype=np.uint8)
-    return x, generator.permutation(np.arange(number, dtype=np.uint8) % 10 + 1)[:, None]
+    labels = np.random.default_rng(seed).permutation(np.arange(number, dtype=np.uint8) % 10 + 1)
+    return pixels(seed, 32, 32, 3, number), labels[:, None]
 
 
 def write(folder: Path, split: str, variables: Iterable[bytes], order: str = "<") -> Path:
@@ -58,20 +66,10 @@ def write(folder: Path, split: str, variables: Iterable[bytes], order: str = "<"
     return folder
 
 
-def refusal(folder: Path) -> str:
-    with pytest.raises(ValueError, match=r"extra_32x32\.mat") as caught:
-        svhn_extra(folder)
-    message = str(caught.value)
-    assert str(folder) in message
-    assert "\n" not in message
+def refused(folder: Path) -> str:
+    message = refusal(svhn_extra, folder)
+    assert "extra_32x32.mat" in message
     return message
-
-
-def read_or_refused(folder: Path) -> Images | str:
-    try:
-        return svhn_extra(folder)
-    except ValueError as error:
-        return str(error)
 
 
 @pytest.mark.parametrize("order", ["<", ">"])
@@ -147,7 +145,9 @@ WRONG = {
     "text": ([matrix("X", X), matrix("y", Y, flags=4)], "it holds other things than real numbers"),
     "complex numbers": ([matrix("X", X, flags=0x0809), matrix("y", Y)], "it holds other things than real numbers"),
     "another element": ([matrix("X", X), element(5, b"12345678", "<")], "it holds an element of type 5"),
+    "five bytes in four": ([overlong(matrix("X", X)), matrix("y", Y)], "it ends within an element"),
     "two in one": ([compressed(matrix("X", X) + matrix("y", Y))], "expected a whole MATLAB 5 file"),
+    "a stream that is cut": ([compressed(matrix("X", X), cut=5)], "it ends within a compressed element"),
     "a damaged checksum": ([compressed(matrix("X", X))[:-1] + b"\0"], "expected a whole MATLAB 5 file"),
 }
 
@@ -155,13 +155,13 @@ WRONG = {
 @pytest.mark.parametrize("name", WRONG)
 def test_other_content_is_refused_in_one_line(name: str, tmp_path: Path) -> None:
     variables, words = WRONG[name]
-    assert words in refusal(write(tmp_path, "extra", variables))
+    assert words in refused(write(tmp_path, "extra", variables))
 
 
 @pytest.mark.parametrize("data", [b"", b"no mat file", b"\x89HDF\r\n\x1a\n".ljust(200), bytes(1000)])
 def test_another_kind_of_file_is_refused(data: bytes, tmp_path: Path) -> None:
     (tmp_path / "extra_32x32.mat").write_bytes(data)
-    assert "expected a whole MATLAB 5 file" in refusal(tmp_path)
+    assert "expected a whole MATLAB 5 file" in refused(tmp_path)
 
 
 @pytest.mark.parametrize("packed", [True, False])
@@ -173,7 +173,7 @@ def test_a_file_that_is_cut_anywhere_is_refused(packed: bool, tmp_path: Path) ->
     svhn_extra(tmp_path)
     for length in [*range(200), *range(200, len(whole) - 200, 997), *range(len(whole) - 200, len(whole))]:
         file.write_bytes(whole[:length])
-        refusal(tmp_path)
+        refused(tmp_path)
 
 
 @settings(deadline=None, max_examples=200)
@@ -189,9 +189,23 @@ def test_an_altered_file_gives_the_same_or_one_line(data: Any, packed: bool, tmp
     position = data.draw(st.one_of(near_the_ends, st.integers(0, len(damaged) - 1)))
     damaged[position] ^= data.draw(st.integers(1, 255))
     file.write_bytes(damaged)
-    read = read_or_refused(folder)
-    if isinstance(read, str):
-        assert "\n" not in read
-    elif packed:
+    read = read_or_refused(svhn_extra, folder)
+    if packed and not isinstance(read, str):
         assert np.array_equal(read.images.numpy(), X.transpose(3, 2, 0, 1))
         assert np.array_equal(read.labels.numpy(), Y[:, 0] % 10)
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_images_are_never_in_memory_twice(packed: bool, tmp_path: Path) -> None:
+    x, y = digits(4000)
+    variables = [matrix("X", x), matrix("y", y)]
+    write(tmp_path, "extra", [compressed(v) for v in variables] if packed else variables)
+    svhn_extra(tmp_path)  # what is imported late has been
+    tracemalloc.start()
+    try:
+        extra = svhn_extra(tmp_path)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert np.array_equal(extra.images.numpy(), x.transpose(3, 2, 0, 1))
+    assert x.nbytes <= peak < 1.2 * x.nbytes

@@ -1,26 +1,26 @@
 """Inputs of one's own, of any shape: an npz file with `x` and `y`.
 
 x    (N, ...), uint8 (0 ... 255, meaning x / 255) or floating, in [0, 1]
-y    (N,), integers >= 0
+y    (N,), integers in 0 ... 99,999
 """
 
-import zipfile
-import zlib
 from collections.abc import Sequence
 from os import PathLike
+from typing import Any
 
 import numpy as np
 import torch
-from numpy.lib.npyio import NpzFile
 from numpy.typing import NDArray
 from torch import Tensor
+
+from saltflat.data.image_arrays import in_range, whole_arrays
 
 
 def arrays(path: str | PathLike[str]) -> tuple[Tensor, Tensor]:
     """x as it is in the file (half precision becomes fp32), and y as int64; no code in the file is ever run.
 
-    Raises ValueError, in one line, for a file that cannot be read whole, lacks one of the two, or holds anything else
-    than the above.
+    Raises ValueError, in one line, for a file that is not there, that is cut or altered, that lacks one of the two, or
+    holds anything else than the above.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -37,23 +37,16 @@ def arrays(path: str | PathLike[str]) -> tuple[Tensor, Tensor]:
         raise ValueError(f"{path}: y: expected integers of shape ({len(x)},), got {y.dtype} of shape {y.shape}")
     if x.dtype != np.uint8 and not (x.min() >= 0 and x.max() <= 1):  # nor is NaN
         raise ValueError(f"{path}: x: expected numbers in [0, 1], got {x.min():g} to {x.max():g}; divide by 255?")
-    if y.min() < 0:
-        raise ValueError(f"{path}: y: expected classes >= 0, got {y.min()}")
-    inputs = torch.from_numpy(x if x.dtype in (np.uint8, np.float32, np.float64) else x.astype(np.float32))
-    return inputs, torch.from_numpy(y.astype(np.int64))
+    labels = in_range(y, f"{path}: y")
+    x = x.astype(x.dtype.newbyteorder("="), copy=False)
+    return torch.from_numpy(x if x.dtype in (np.uint8, np.float32, np.float64) else x.astype(np.float32)), labels
 
 
-def npz(path: str | PathLike[str], names: Sequence[str]) -> list[NDArray[np.generic]]:
-    """Some arrays of an npz file; no code in it is ever run. ValueError, in one line, if it cannot be read whole, or
-    lacks one of them.
+def npz(path: str | PathLike[str], names: Sequence[str]) -> list[NDArray[Any]]:
+    """Some arrays of an npz file; no code in it is ever run. ValueError, in one line, if it is not there, is cut or
+    altered, or lacks one of them.
     """
     try:
-        with open(path, "rb") as file:  # numpy leaves it open if it is no archive
-            archive = np.load(file, allow_pickle=False)
-            if not isinstance(archive, NpzFile):
-                raise ValueError("this is one array alone")
-            if missing := [name for name in names if name not in archive.files]:
-                raise ValueError(f"there is no array {missing[0]!r} in it")
-            return [archive[name] for name in names]
-    except (OSError, ValueError, EOFError, AttributeError, zipfile.BadZipFile, zlib.error) as error:
-        raise ValueError(f"{path}: expected a whole npz file of numbers: {error}") from None
+        return whole_arrays(path, [(name,) for name in names])
+    except FileNotFoundError:
+        raise ValueError(f"{path}: expected a whole npz file of numbers: there is no such file") from None

@@ -1,8 +1,10 @@
 """A published file on this disk, whole and with the checksum it was published with, or no file at all.
 
 Bytes arrive in FILE.part, and FILE appears by renaming once their MD5 is right, so whoever finds FILE finds all of it.
-A transfer that broke off goes on from the last byte, with a range request (RFC 9110, section 14). MD5 shows accidents,
-not malice; the readers of these files run no code.
+A transfer that broke off goes on from the last byte, with a range request (RFC 9110, section 14). An answer that begins
+at byte 0 instead may be the file from the beginning, or no file at all but a page that asks to log in: it arrives in
+FILE.part.new, and takes the place of FILE.part only when it is known to hold all of its bytes. MD5 shows accidents, not
+malice; the readers of these files run no code.
 """
 
 import hashlib
@@ -10,6 +12,7 @@ import os
 import re
 import urllib.request
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from http.client import HTTPException, HTTPMessage, HTTPResponse
 from pathlib import Path
@@ -19,7 +22,7 @@ from urllib.parse import urlsplit
 
 Progress = Callable[[int, int | None], None]
 
-PIECE = 2**18  # bytes asked of the connection at once
+PIECE = 2**18  # bytes asked of the connection, or of a file, at once
 
 
 @dataclass(frozen=True)
@@ -88,13 +91,15 @@ def fetch(
 
     Connections go through the proxies that the environment names, as urllib's always do. Whatever ends a transfer (an
     exception from `progress` and KeyboardInterrupt included), the bytes that arrived stay in `source.file`.part, and
-    calling again asks for the rest; a server that sends no parts of files is listened to from the beginning. One call
-    at a time for a file and a folder.
+    calling again asks for the rest. A server that sends no parts of files is listened to from the beginning, and what
+    was there stays until all of the file is, or the same bytes and more.
 
     Raises, in one line: ConnectionError for a server that is not reached, that has no such file, or that redirects to
     anything but http and https (what to do by hand is said), and for a transfer that broke off (how much is there is
-    said); ValueError for a checksum that is wrong, of what arrived (its bytes are removed) or of a file that was there
-    (it is left alone). OSErrors of the disk come as they are.
+    said); ValueError for a checksum that is wrong, of what arrived (its bytes are removed, and what they were appended
+    to) or of a file that was there (it is left alone); BlockingIOError while another call downloads the same file into
+    the same folder (where the system has no locks, nobody is kept out). What `progress` raises, and OSErrors of the
+    disk, come as they are.
 
     >>> import tempfile
     >>> greeting = Source("greeting", "https://example.org/hello", "hello.txt", "5d41402abc4b2a76b9719d911017c592")
@@ -107,17 +112,67 @@ def fetch(
     if _is_there(file, source):
         return file
     file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_name(f"{source.file}.part")
-    _complete(part, source, progress, timeout)
-    found = _md5(part)
+    with _alone(file):
+        if not _is_there(file, source):  # nor did another call just finish
+            _download(file, source, progress, timeout)
+    return file
+
+
+@contextmanager
+def _alone(file: Path) -> Iterator[None]:
+    """A block that one call at a time is in for `file`: BlockingIOError, in one line, for every other."""
+    try:
+        import fcntl
+    except ImportError:  # no such locks on this system
+        yield
+        return
+    path = file.with_name(f"{file.name}.part.lock")
+    with path.open("ab") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            alone = os.path.samefile(path, lock.fileno())  # else it was that of somebody who has just left
+        except (BlockingIOError, FileNotFoundError):
+            alone = False
+        except OSError:  # no such locks on this disk
+            alone = True
+        if not alone:
+            raise BlockingIOError(f"{file}: another call is downloading it")
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)  # before the lock goes, or it would be the next one's
+
+
+def _download(file: Path, source: Source, progress: Progress | None, timeout: float) -> None:
+    part, anew = (file.with_name(f"{file.name}.{ending}") for ending in ("part", "part.new"))
+    _keep_what_goes_on(part, anew)  # of a call that was killed
+    whole = part
+    if answer := _asked(part, source, timeout):
+        response, first, total = answer
+        whole = part if first == _size(part) else anew
+        try:
+            with response, whole.open("ab") as content:
+                _receive(response, content, first, total, progress)
+        except BaseException as error:
+            _keep_what_goes_on(part, anew)
+            if not isinstance(error, _BrokenOffError):
+                raise
+            there = _size(part)
+            number = f"{there} bytes" if total is None or total < there else f"{there} of {total} bytes"
+            raise ConnectionError(
+                f"{source.url}: the transfer broke off ({error}); {number} are in {part}, and calling again goes on"
+            ) from error
+    found = _md5(whole)
     if found != source.md5:
-        part.unlink()
+        whole.unlink()
+        kept = f", the {_size(part)} bytes in {part} are kept" if whole == anew else ""
         raise ValueError(
-            f"{source.file}: expected MD5 {source.md5}, got {found} from {source.url}; what was downloaded is removed"
+            f"{file.name}: expected MD5 {source.md5}, got {found} from {source.url}; what was downloaded is removed"
+            f"{kept}"
         )
+    whole.replace(part)
     _is_there(file, source)  # refuses a file that somebody placed there meanwhile, unless it is the same
     part.replace(file)
-    return file
 
 
 def _is_there(file: Path, source: Source) -> bool:
@@ -137,42 +192,63 @@ def _md5(file: Path) -> str:
         return hashlib.file_digest(content, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
 
 
-def _complete(part: Path, source: Source, progress: Progress | None, timeout: float) -> None:
-    """Append to the part what it lacks."""
-    have = part.stat().st_size if part.exists() else 0
+def _size(file: Path) -> int:
+    return file.stat().st_size if file.exists() else 0
+
+
+def _keep_what_goes_on(part: Path, anew: Path) -> None:
+    """`anew` becomes the part if it begins with all of its bytes, and is removed if not."""
+    if anew.exists():
+        if not part.exists() or _begins_with(anew, part):
+            anew.replace(part)
+        else:
+            anew.unlink()
+
+
+def _begins_with(file: Path, beginning: Path) -> bool:
+    with file.open("rb") as longer, beginning.open("rb") as shorter:
+        return all(longer.read(len(piece)) == piece for piece in iter(lambda: shorter.read(PIECE), b""))
+
+
+Answer = tuple[HTTPResponse, int, int | None]  # from which byte on, and the size of the whole file as far as it is told
+
+
+def _asked(part: Path, source: Source, timeout: float) -> Answer | None:
+    """The answer to a request for what the part lacks, or None if that is nothing."""
+    have = _size(part)
     try:
-        response, have, total = _answer(source.url, have, timeout)
+        return _answer(source.url, have, timeout)
     except (OSError, HTTPException, ValueError) as error:  # the last for a redirect to what is no address
         if isinstance(error, HTTPError):
             error.close()
             if error.code == 416 and have > 0:
-                return  # nothing lies behind these bytes: they are all, and their checksum has the word
+                return None  # nothing lies behind these bytes: they are all, and their checksum has the word
         raise ConnectionError(
             f"{source.url}: cannot be downloaded ({_reason(error)}); try again later, or place {source.file} "
             f"in {part.parent} by hand"
         ) from error
-    with response, part.open("ab" if have > 0 else "wb") as content:
-        try:
-            if progress is not None:
-                progress(have, total)
-            for piece in _pieces(response):
-                content.write(piece)
-                have += len(piece)
-                if progress is not None:
-                    progress(have, total)
-            if total is not None and have < total:
-                raise ConnectionError("closed too early")
-        except ConnectionError as error:
-            number = f"{have} bytes" if total is None else f"{have} of {total} bytes"
-            raise ConnectionError(
-                f"{source.url}: the transfer broke off ({error}); {number} are in {part}, and calling again goes on"
-            ) from error
 
 
-def _answer(url: str, have: int, timeout: float) -> tuple[HTTPResponse, int, int | None]:
-    """The response to a request for all bytes from number `have` on, the number that it really begins with, and the
-    size of the whole file, as far as it is told.
-    """
+class _BrokenOffError(Exception):
+    """The connection ended before the file did."""
+
+
+def _receive(
+    response: HTTPResponse, content: IO[bytes], have: int, total: int | None, progress: Progress | None
+) -> None:
+    if progress is not None:
+        progress(have, total)
+    for piece in _pieces(response):
+        content.write(piece)
+        have += len(piece)
+        if progress is not None:
+            progress(have, total)
+    if total is not None and have < total:
+        raise _BrokenOffError("closed too early")
+
+
+def _answer(url: str, have: int, timeout: float) -> Answer:
+    """To a request for all bytes from number `have` on, which it may not begin with."""
     opener = urllib.request.build_opener(_WebRedirects)
     response: HTTPResponse
     if have > 0:
@@ -188,12 +264,12 @@ def _answer(url: str, have: int, timeout: float) -> tuple[HTTPResponse, int, int
 
 
 def _pieces(response: HTTPResponse) -> Iterator[bytes]:
-    """The body as it arrives. Errors of the connection become ConnectionErrors; those of the disk never pass here."""
+    """The body as it arrives; errors of the connection, and no others, become _BrokenOffErrors."""
     try:
         while piece := response.read1(PIECE):
             yield piece
     except (OSError, HTTPException) as error:
-        raise ConnectionError(_reason(error)) from error
+        raise _BrokenOffError(_reason(error)) from error
 
 
 class _WebRedirects(urllib.request.HTTPRedirectHandler):

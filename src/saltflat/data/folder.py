@@ -23,11 +23,12 @@ def folder(path: str | os.PathLike[str]) -> Splits:
     Where there is no `test/`, the test set is `val/`; not every class has to occur in it. Every file in a folder of a
     class has to be an image of a format that Pillow reads (PNG, JPEG, ...); what is hidden, by a dot that begins its
     name, is passed over, and links are followed. Images become RGB (C = 3; transparency is dropped), or stay grey
-    (C = 1) when all of them, of both splits, are stored as 8-bit grey. Needs the extra `data` (pillow).
+    (C = 1) when all of them, of both splits, are stored as 8-bit grey; they stand upright as their EXIF orientation
+    says, before their sizes are compared. Needs the extra `data` (pillow).
 
     Raises FileNotFoundError for a missing folder, and ValueError, in one line, for a missing split or extra, for no
     classes, a class without files, a class of the test set that is none of the training set, and for a file that cannot
-    be decoded or differs in size from the first training image (it is named).
+    be read or decoded, or differs in size from the first training image (it is named).
 
     >>> folder("no/such/folder")
     Traceback (most recent call last):
@@ -41,14 +42,12 @@ def folder(path: str | os.PathLike[str]) -> Splits:
         if not split.is_dir():
             raise ValueError(f"{root}: expected {expected} in it, with a folder for each class")
     classes = _classes(train)
-    for each in _classes(test):
-        if each not in classes:
-            raise ValueError(f"{test / each}: expected one of the classes in {train}, which has none of that name")
+    tested = _tested(test, classes)
     return _splits(
         root,
         classes,
         [_File(file, classes[each]) for each in classes for file in _files(train / each)],
-        [_File(file, classes[each]) for each in _classes(test) for file in _files(test / each)],
+        [_File(file, classes[each]) for each in tested for file in _files(test / each)],
     )
 
 
@@ -88,7 +87,10 @@ class _File(NamedTuple):
 
     @property
     def data(self) -> bytes:
-        return self.path.read_bytes()
+        try:
+            return self.path.read_bytes()
+        except OSError as error:
+            raise ValueError(f"{self.path}: cannot be read: {error.strerror}") from error
 
 
 def _visible(place: Path) -> list[Path]:
@@ -101,6 +103,22 @@ def _classes(split: Path) -> dict[str, int]:
     if not names:
         raise ValueError(f"{split}: expected a folder for each class in it, found none")
     return {name: number for number, name in enumerate(names)}
+
+
+def _tested(test: Path, classes: Mapping[str, int]) -> Sequence[str]:
+    """Names of those classes that the test set has. Published test sets may have no labels, and `val/` beside them."""
+    try:
+        names = list(_classes(test))
+        for each in names:
+            if each not in classes:
+                train = test.parent / "train"
+                raise ValueError(f"{test / each}: expected one of the classes in {train}, which has none of that name")
+    except ValueError as error:
+        if test.name == "test" and (test.parent / "val").is_dir():
+            remedy = f"without labels it is of no use: move {test} away to have val/ as the test set"
+            raise ValueError(f"{error}; {remedy}") from None
+        raise
+    return names
 
 
 def _files(place: Path) -> list[Path]:

@@ -1,7 +1,7 @@
 """Training and test images of one's own: an npz file with `x_train`, `y_train`, `x_test` and `y_test`.
 
 x    uint8, (N, C, H, W) or (N, H, W, C) with C = 1 or 3, or (N, H, W), which is grey
-y    (N,), integers >= 0
+y    (N,), integers in 0 ... 99,999
 
 The axis of the channels is the one of length 1 or 3. Putting it first changes the order of an image's bytes, not their
 place among those of the other images; so it is done within the array that was read, a few images at a time, and a set
@@ -23,6 +23,7 @@ from torch import Tensor
 from saltflat.data.images import Images, Splits
 
 AT_A_TIME = 64  # images whose channels are moved together: few enough for a cache
+MOST_CLASSES = 100_000  # more than any set of images has; a label beyond is an index, or bytes of something else
 
 
 def image_arrays(path: str | os.PathLike[str]) -> Splits:
@@ -73,7 +74,9 @@ def whole_arrays(path: str | os.PathLike[str], wanted: Sequence[Sequence[str]]) 
 
 def _array(archive: zipfile.ZipFile, names: Sequence[str]) -> NDArray[Any]:
     members = [f"{name}.npy" for name in names if f"{name}.npy" in archive.namelist()]
-    if len(members) != 1:
+    if not members:
+        raise ValueError(f"there is no array {' or '.join(map(repr, names))} in it")
+    if len(members) > 1:
         raise ValueError(f"expected one array {' or '.join(names)} in it, found {len(members)}")
     with archive.open(members[0]) as member:
         array: NDArray[Any] = read_array(member, allow_pickle=False)
@@ -114,7 +117,7 @@ def channels_first(pixels: NDArray[Any], source: str) -> Tensor:
 
 
 def class_labels(y: NDArray[Any], number: int, source: str) -> Tensor:
-    """(number,) whole numbers >= 0 as int64; ValueError, in one line, for anything else, as for soft labels.
+    """(number,) whole numbers 0 ... 99,999 as int64; ValueError, in one line, for anything else, as for soft labels.
 
     >>> class_labels(np.array([3, 1], np.uint8), 2, "y")
     tensor([3, 1])
@@ -123,6 +126,13 @@ def class_labels(y: NDArray[Any], number: int, source: str) -> Tensor:
         raise ValueError(f"{source}: expected one class an image, got soft labels {y.shape}, which are not read")
     if not np.issubdtype(y.dtype, np.integer) or y.shape != (number,):
         raise ValueError(f"{source}: expected whole numbers of shape ({number},), got {y.dtype} of shape {y.shape}")
+    return in_range(y, source)
+
+
+def in_range(y: NDArray[Any], source: str) -> Tensor:
+    """Whole numbers 0 ... MOST_CLASSES - 1 of any width as int64; ValueError, in one line, for others."""
     if y.min() < 0:
         raise ValueError(f"{source}: expected classes >= 0, got {y.min()}")
+    if y.max() >= MOST_CLASSES:  # and int64 holds every number below
+        raise ValueError(f"{source}: expected classes below {MOST_CLASSES}, got {y.max()}")
     return torch.from_numpy(y.astype(np.int64))

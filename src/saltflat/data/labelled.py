@@ -25,7 +25,8 @@ def labelled(path: str | os.PathLike[str], *, like: Images) -> Images:
 
     path: an npz file or a pickle, told apart by what is inside: uint8 (N, H, W, C) or (N, C, H, W), where C = 1 or 3,
     or (N, H, W), which is grey; and one class an image, (N,). Soft labels are not read. Not every class has to occur.
-    No code in the file is ever run. An npz file is in memory once, a pickle for a moment three times.
+    No code in the file is ever run. A pickle may be of any protocol, but its arrays have to be in it. An npz file is in
+    memory once, a pickle for a moment three times.
 
     Raises FileNotFoundError for a missing file, and ValueError, in one line, for one that is cut or altered, that holds
     anything else than the above, or whose images or classes are not those of `like`.

@@ -6,6 +6,7 @@ are decoded once, into one uint8 tensor. Source: "Image dataset" in the document
 
 import io
 import os
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from saltflat.data.image_arrays import MOST_CLASSES
 from saltflat.data.images import Images, Splits
 
 if TYPE_CHECKING:
@@ -31,8 +33,9 @@ def parquet(path: str | os.PathLike[str], *, num_classes: int | None = None) -> 
     """Images (N, C, H, W) from `train-*.parquet` and `test-*.parquet` in a folder, or in its `data/` or `plain_text/`.
 
     Columns: the image in `img` or `image`, its class in `label` or `fine_label`. Images become RGB (C = 3; transparency
-    is dropped), or stay grey (C = 1) when all of them, of both splits, are stored as 8-bit grey. `num_classes` is, when
-    not given, one more than the largest label of both splits. Rows keep their order; files are read in the order of
+    is dropped), or stay grey (C = 1) when all of them, of both splits, are stored as 8-bit grey, and stand upright as
+    their EXIF orientation says, as in the hub's own library. `num_classes` is, when not given, one more than the
+    largest label of both splits, which has to be below 100,000. Rows keep their order; files are read in the order of
     their names. Needs the extra `data` (pyarrow, pillow).
 
     Raises FileNotFoundError for a missing folder, and ValueError, in one line, for a missing split, column or extra,
@@ -50,7 +53,10 @@ def parquet(path: str | os.PathLike[str], *, num_classes: int | None = None) -> 
     train_rows, train_labels = _read(train_files)
     test_rows, test_labels = _read(test_files)
     train_images, test_images = decoded(train_rows, test_rows)
-    classes = 1 + int(torch.cat([train_labels, test_labels]).max()) if num_classes is None else num_classes
+    largest = int(torch.cat([train_labels, test_labels]).max())
+    if num_classes is None and largest >= MOST_CLASSES:
+        raise ValueError(f"{folder}: expected classes below {MOST_CLASSES}, got {largest}")
+    classes = largest + 1 if num_classes is None else num_classes
     name = folder.resolve().name
     return Splits(
         Images(train_images, train_labels, classes, f"{name} train"),
@@ -67,6 +73,7 @@ class Encoded(Protocol):
 
 def decoded(train: Sequence[Encoded], test: Sequence[Encoded]) -> tuple[Tensor, Tensor]:
     """All images of both splits as (N, C, H, W), uint8: grey (C = 1) when all of them are 8-bit grey, else RGB (C = 3).
+    They stand as their EXIF orientation says; an EXIF that cannot be read says nothing.
 
     Raises ValueError, in one line, that names the image that cannot be decoded or differs in size from the first one.
     """
@@ -156,7 +163,10 @@ def _rows(images: Any, file: Path, first: int) -> list[_Row]:
 def _labels(classes: Any, file: Path, first: int) -> Tensor:
     if classes.null_count:
         raise ValueError(f"{file}, row {first + classes.to_pylist().index(None)}: has no label")
-    return torch.from_numpy(classes.to_numpy(zero_copy_only=False).astype(np.int64))
+    labels = classes.to_numpy(zero_copy_only=False)
+    if labels.size and labels.max() > np.iinfo(np.int64).max:
+        raise ValueError(f"{file}: expected classes below {MOST_CLASSES}, got {labels.max()}")
+    return torch.from_numpy(labels.astype(np.int64))
 
 
 @contextmanager
@@ -165,11 +175,14 @@ def _opened(row: Encoded) -> "Iterator[PillowImage]":
         from PIL import Image
     except ImportError:
         raise ValueError(f"decoding images {EXTRA_ADVICE}") from None
-    try:
-        with Image.open(io.BytesIO(row.data)) as image:
-            yield image
-    except Exception as error:  # a damaged image can fail in any part of its decoder
-        raise ValueError(f"{row}: not an image that can be decoded") from error
+    data = row.data  # whose errors are no decoder's
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "(Corrupt|Possibly corrupt) EXIF data")  # common, and no damage to the pixels
+        try:
+            with Image.open(io.BytesIO(data)) as image:
+                yield image
+        except Exception as error:  # a damaged image can fail in any part of its decoder
+            raise ValueError(f"{row}: not an image that can be decoded") from error
 
 
 def _mode(row: Encoded) -> str:
@@ -179,7 +192,23 @@ def _mode(row: Encoded) -> str:
 
 def _size(row: Encoded) -> tuple[int, int]:
     with _opened(row) as image:
-        return image.size
+        return _upright(image).size
+
+
+def _upright(image: "PillowImage") -> "PillowImage":
+    from PIL import ImageOps
+
+    image.load()  # before errors count as those of its EXIF
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception:  # it, too, can fail in any of its parts
+        return image
+
+
+def _converted(image: "PillowImage", mode: str) -> "PillowImage":
+    if image.mode == "P":
+        image = image.convert("RGBA")  # with levels of transparency, Pillow warns of any other way
+    return image if image.mode == mode else image.convert(mode)
 
 
 def _decoded(rows: Sequence[Encoded], mode: str, size: tuple[int, int]) -> Tensor:
@@ -188,10 +217,10 @@ def _decoded(rows: Sequence[Encoded], mode: str, size: tuple[int, int]) -> Tenso
     pixels = np.empty((len(rows), height, width, len(mode)), np.uint8)  # "L" has one channel, "RGB" has three
     for number, row in enumerate(rows):
         with _opened(row) as image:
-            found, stored = image.size, image.mode
+            upright = _upright(image)
+            found, stored = upright.size, upright.mode
             if found == size and stored in EIGHT_BIT_MODES:
-                converted = image if stored == mode else image.convert(mode)
-                pixels[number] = np.asarray(converted).reshape(height, width, len(mode))
+                pixels[number] = np.asarray(_converted(upright, mode)).reshape(height, width, len(mode))
         if found != size:
             raise ValueError(f"{row}: has {found[0]}x{found[1]} pixels; the first training image has {width}x{height}")
         if stored not in EIGHT_BIT_MODES:

@@ -1,6 +1,6 @@
 """Reads a pickle that holds plain data and arrays of numbers, and refuses every other one before any of it runs.
 
-A pickle is a program: it may name any importable function and call it. This reader looks names up in a table of five,
+A pickle is a program: it may name any importable function and call it. This reader looks names up in a table of seven,
 the ones that an array of numbers is made of, and each stands for a harmless part of this file; whatever else is named
 ends the reading there and then. Source: "Restricting Globals" in the documentation of Python's `pickle`.
 """
@@ -52,7 +52,8 @@ class _Unpickler(pickle.Unpickler):
 
 
 # The stand-ins. A real ndarray or dtype would take its state from the pickle in C, all but unchecked; and numpy >= 2.4
-# warns about the way in which Python 2 wrote a dtype.
+# warns about the way in which Python 2 wrote a dtype. Functions are objects without attributes, since a pickle may set
+# those of whatever it has named.
 
 
 class _Dtype:
@@ -78,14 +79,39 @@ class _Array:
 
     def __setstate__(self, state: tuple[Any, ...]) -> None:
         _, shape, dtype, is_fortran, data = state
-        self.array = np.frombuffer(data, dtype.code).reshape(shape, order="F" if is_fortran else "C").copy()
+        self.array = _numbers(data, dtype).reshape(shape, order="F" if is_fortran else "C").copy()
 
 
-def _encode(text: str, encoding: str) -> bytes:
+def _numbers(data: object, dtype: object) -> NDArray[Any]:
+    if not isinstance(data, bytes | bytearray) or not isinstance(dtype, _Dtype):
+        raise _RefusedError("the pickle holds an array of something else than bytes")
+    return np.frombuffer(data, dtype.code)
+
+
+class _FromBuffer:
+    """Stands for numpy's _frombuffer(bytes, dtype, shape, order, axes): how protocol 5 writes an array. In order "K" it
+    is an array in the order of C whose axes are transposed.
+    """
+
+    __slots__ = ()
+
+    def __call__(self, data: object, dtype: object, shape: Any, order: Any, axes: Any = None) -> _Array:
+        read, numbers = _Array(), _numbers(data, dtype)
+        transposed = order == "K" and axes is not None
+        array = numbers.reshape(shape).transpose(axes) if transposed else numbers.reshape(shape, order=order)
+        read.array = array.copy()
+        return read
+
+
+class _Encode:
     """Stands for _codecs.encode: how Python 3 writes bytes in old protocols."""
-    if encoding != "latin1":
-        raise _RefusedError(f"the pickle encodes text as {encoding!r}")
-    return text.encode("latin1")
+
+    __slots__ = ()
+
+    def __call__(self, text: str, encoding: str) -> bytes:
+        if encoding != "latin1":
+            raise _RefusedError(f"the pickle encodes text as {encoding!r}")
+        return text.encode("latin1")
 
 
 _STAND_INS: dict[tuple[str, str], Any] = {
@@ -93,7 +119,9 @@ _STAND_INS: dict[tuple[str, str], Any] = {
     ("numpy._core.multiarray", "_reconstruct"): _Array,
     ("numpy", "ndarray"): "numpy.ndarray",  # only ever an argument of _reconstruct
     ("numpy", "dtype"): _Dtype,
-    ("_codecs", "encode"): _encode,
+    ("numpy.core.numeric", "_frombuffer"): _FromBuffer(),
+    ("numpy._core.numeric", "_frombuffer"): _FromBuffer(),
+    ("_codecs", "encode"): _Encode(),
 }
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from saltflat.data.download import SOURCES, Source, fetch
 from saltflat.lab.config import BadInput
 from saltflat.lab.console import progress, say
-from saltflat.lab.record import alone, check_folder
+from saltflat.lab.record import check_folder
 
 
 def download(name: str, out: Path) -> None:
@@ -25,7 +25,7 @@ def download(name: str, out: Path) -> None:
 
 
 def _fetched(source: Source, out: Path) -> Path:
-    with alone(out / f"{source.file}.lock"), progress() as bar:
+    with progress() as bar:
         task = bar.add_task(source.name, total=None)
 
         def seen(done: int, total: int | None) -> None:
@@ -33,5 +33,5 @@ def _fetched(source: Source, out: Path) -> Path:
 
         try:
             return fetch(source, out, progress=seen)
-        except ValueError as error:  # a checksum that is wrong; OSErrors have lines of their own
+        except (ValueError, BlockingIOError) as error:  # a checksum that is wrong, or another call at work
             raise BadInput(f"out: {error}") from None
