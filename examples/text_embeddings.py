@@ -6,7 +6,6 @@ python examples/text_embeddings.py
 import inspect
 import re
 import statistics
-import zlib
 from typing import Any
 
 import torch
@@ -18,22 +17,23 @@ from saltflat.inputs import InputAdversary, zero
 from saltflat.objectives import ce
 
 FGM = FGSM(L2(0.05, box=None))  # u = eps g / ‖g‖ per text (Miyato, Dai, Goodfellow, arXiv 1605.07725)
-K_PGD = PGD(L2(0.05, box=None), step_size=0.02, steps=5, start=zero)
+K_PGD = PGD(L2(0.05, box=None), step_size=0.02, steps=5, start=zero)  # a random start would spend eps on padding
 
 
-def lines() -> tuple[Tensor, Tensor]:
-    """Lines of a module as checksums of their words (N, 16), 0 for padding, and whether they are code, (N,)."""
+def lines() -> tuple[Tensor, Tensor, int]:
+    """Lines of a module, no two alike, as numbers of words (N, 16), 0 for padding; which are code; and its words."""
     told = {line.strip() for _, m in inspect.getmembers(statistics) for line in (inspect.getdoc(m) or "").splitlines()}
     texts = sorted((told | {line.strip() for line in inspect.getsource(statistics).splitlines()}) - {""})
-    ids = [[1 + zlib.crc32(word.encode()) % 999 for word in re.findall(r"\w+|\S", text)] for text in texts]
-    return torch.tensor([(row + [0] * 16)[:16] for row in ids]), torch.tensor([int(t not in told) for t in texts])
+    cut = {tuple(re.findall(r"\w+|\S", text)[:16]): int(text not in told) for text in texts}
+    number = {word: 1 + i for i, word in enumerate(sorted({word for words in cut for word in words}))}
+    ids = [[number[word] for word in words] + [0] * (16 - len(words)) for words in cut]
+    return torch.tensor(ids), torch.tensor(list(cut.values())), 1 + len(number)
 
 
 def losses(model: Any, ids: Tensor, y: Tensor, u: Tensor) -> Tensor:
     """Of every text, (N,), with its embedded tokens moved by u (N, T, D); padding stays where it is."""
-    mask = (ids > 0).long()
-    moved = model.get_input_embeddings()(ids) + u * mask[..., None]
-    return ce(model(inputs_embeds=moved, attention_mask=mask).logits, y)
+    mask, embedded = (ids > 0).long(), model.get_input_embeddings()(ids)
+    return ce(model(inputs_embeds=embedded + u * mask[..., None], attention_mask=mask).logits, y)
 
 
 def step(model: Any, ids: Tensor, y: Tensor, attack: InputAdversary, optimizer: torch.optim.Optimizer) -> None:
@@ -47,11 +47,11 @@ def step(model: Any, ids: Tensor, y: Tensor, attack: InputAdversary, optimizer: 
 
 
 if __name__ == "__main__":
-    ids, y = lines()
-    shape: Any = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    ids, y, words = lines()
+    shape: Any = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
     for attack in (FGM, K_PGD):
         torch.manual_seed(0)
-        model: Any = BertForSequenceClassification(BertConfig(vocab_size=1000, **shape))
+        model: Any = BertForSequenceClassification(BertConfig(vocab_size=words, **shape))
         optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
         for rows in [rows for _ in range(6) for rows in torch.randperm(len(ids) // 2).tensor_split(20)]:
             step(model, ids[2 * rows], y[2 * rows], attack, optimizer)

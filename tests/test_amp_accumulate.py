@@ -8,7 +8,7 @@ import torch
 from networks import batch, convolutional, equal_states, state
 from torch import nn
 
-from examples.amp_accumulate import accumulated_step, train
+from examples.amp_accumulate import accumulated_step, attacked, train
 from saltflat import AT, Layerwise, perturbed
 
 BALL = Layerwise(0.05)
@@ -93,6 +93,25 @@ def test_without_a_scale_fp16_loses_gradients_that_the_scale_keeps():
         found[scale] = ((inside - at_w).norm() / at_w.norm()).item()
     assert found[None] == 0
     assert found[2.0**14] == pytest.approx(0.05, rel=1e-5)
+
+
+def test_in_fp16_the_attack_moves_what_it_moves_in_bf16():
+    """Of a network that is sure of itself: p - y is 6e-9. Scaled, 65536 in all, it is seen; a batch's sum, scaled,
+    would overflow for images that are wrong.
+    """
+    model, (x, _) = convolutional(batch_norm=False).float(), batch()
+    with torch.no_grad():
+        model[6].bias[0] = 19.0
+    for y in (torch.zeros(8, dtype=torch.int64), torch.ones(8, dtype=torch.int64)):
+        for dtype in (torch.bfloat16, torch.float16):
+            x_adv = attacked(model, x.float(), y, scaler(2.0**16), dtype)
+            assert saturated(x_adv, x) > 0.5
+
+
+def saturated(x_adv, x):
+    """The share of pixels that an attack has moved to the edge of its ball or of the box: a start alone moves none."""
+    away = (x_adv - x).abs() > 0.15 - 1e-6
+    return (away | (x_adv == 0) | (x_adv == 1)).float().mean()
 
 
 def test_an_overflow_leaves_w_alone_and_training_goes_on():

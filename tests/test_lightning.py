@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from examples.lightning_callback import train as automatically
 from examples.lightning_manual import train as manually
 from saltflat import AT, PGD, TRADES, Global, Layerwise, Linf, perturbed
+from saltflat.inputs import zero
 from saltflat.integrations.lightning import DoublePerturbation, on_images
 from saltflat.random import seeded
 from saltflat.step import in_mode
@@ -95,23 +96,27 @@ def fitted(module, callback, train_on=None, **options):
     return state(module.network)
 
 
-def plain(network, *, attack=None, ball_at=lambda epoch: Layerwise(0.05), accumulate=1, clip=None, **options):
-    """The loop that the trainer is to be equal to, one ascent a micro-batch."""
+def plain(
+    network, *, attack=None, ball_at=lambda epoch: Layerwise(0.05), accumulate=1, clip=None, mode="eval", seed=0,
+    rank=0, left_out=(), **options,
+):  # fmt: skip
+    """The loop that the trainer is to be equal to, one ascent a micro-batch, without those that are left out."""
     network = copy.deepcopy(network).train()
     optimizer = sgd(network.parameters())
     for epoch in range(EPOCHS):
         for index, (x, y) in enumerate(loader()):
             if attack is not None:
-                with in_mode(network, "eval"):
-                    x = attack(AT().inner(network, x, y), x, generator=seeded(0, epoch, index))
+                with in_mode(network, mode):
+                    x = attack(AT().inner(network, x, y), x, generator=seeded(seed, epoch, index, rank))
 
             def loss():
                 return F.cross_entropy(network(x), y)  # noqa: B023  # called at once, below
 
             if index % accumulate == 0:
-                optimizer.zero_grad()
-            with perturbed(network, loss, ball_at(epoch), **options):
-                (loss() / accumulate).backward()
+                optimizer.zero_grad(set_to_none=index == 0 and epoch == 0)
+            if index not in left_out:
+                with perturbed(network, loss, ball_at(epoch), **options):
+                    (loss() / accumulate).backward()
             if (index + 1) % accumulate == 0:
                 if clip is not None:
                     torch.nn.utils.clip_grad_norm_(network.parameters(), clip)
@@ -135,6 +140,56 @@ def test_equals_the_plain_loop_to_the_bit(attack, accumulate, clip):
     )
     assert equal_states(found, expected)
     assert callback.ascent.skipped == 0
+    assert callback.dropped == 0
+
+
+@pytest.mark.parametrize("given", [{"seed": 1}, {"mode": "train"}, {"seed": 1, "mode": "train"}], ids=str)
+def test_seed_and_mode_of_the_attack_are_those_that_were_asked_for(given):
+    network = convolutional()
+    expected, otherwise = plain(network, attack=ATTACK, **given), plain(network, attack=ATTACK)
+    callback = DoublePerturbation(Classifier.loss, Layerwise(0.05), attack=on_images(AT(), ATTACK, **given))
+    assert equal_states(fitted(Classifier(network), callback), expected)
+    assert not equal_states(expected, otherwise)
+
+
+def test_every_rank_draws_its_own_starts():
+    class Second(Classifier):
+        global_rank = 1
+
+    network = convolutional()
+    first, second = plain(network, attack=ATTACK), plain(network, attack=ATTACK, rank=1)
+    callback = DoublePerturbation(Classifier.loss, Layerwise(0.05), attack=on_images(AT(), ATTACK))
+    found = fitted(Second(network), callback)
+    assert equal_states(found, second)
+    assert not equal_states(found, first)
+
+
+def test_an_incomplete_accumulation_is_clipped_stepped_and_scheduled_as_in_the_loop():
+    """Four batches in threes: the last one of an epoch is a step of its own, of a third of its gradient."""
+
+    class Scheduled(Classifier):
+        def configure_optimizers(self):
+            optimizer = sgd(self.parameters())
+            scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)
+            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    network = convolutional()
+    expected = copy.deepcopy(network).train()
+    optimizer = sgd(expected.parameters())
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)
+    for _ in range(EPOCHS):
+        for part in ([0, 1, 2], [3]):
+            optimizer.zero_grad()
+            for index in part:
+                x, y = (tensor[8 * index : 8 * index + 8] for tensor in data())
+                with perturbed(expected, lambda: F.cross_entropy(expected(x), y), Layerwise(0.05)):  # noqa: B023
+                    (F.cross_entropy(expected(x), y) / 3).backward()
+            torch.nn.utils.clip_grad_norm_(expected.parameters(), 0.1)
+            optimizer.step()
+            scheduler.step()
+    callback = DoublePerturbation(Classifier.loss, Layerwise(0.05))
+    found = fitted(Scheduled(network), callback, accumulate_grad_batches=3, gradient_clip_val=0.1)
+    assert equal_states(found, state(expected))
 
 
 def test_options_of_the_ascent_arrive():
@@ -241,6 +296,30 @@ def test_trades_on_dictionaries():
     assert all(batch.keys() == {"x", "y"} for batch in batches)
 
 
+def test_an_attack_may_edit_its_dictionary_and_hand_it_back():
+    def attack(module, batch):
+        batch["x_adv"] = batch["x"] + 1 / 255
+        return batch
+
+    seen = []
+
+    class Watch(Callback):
+        def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+            seen.append(torch.equal(batch["x_adv"], batch["x"] + 1 / 255))
+
+    batches = Kept([{"x": x, "y": y} for x, y in loader()])
+    callback = DoublePerturbation(Dictionaries.loss, None, attack=attack)
+    fitted(Dictionaries(convolutional()), [callback, Watch()], batches)
+    assert seen == [True] * (EPOCHS * BATCHES)
+
+
+@pytest.mark.parametrize("kind", [dict, lambda batch: [*batch.items()], set, lambda batch: batch["x"]])
+def test_on_images_takes_pairs_only(kind):
+    batch = {"x": torch.rand(2, 3), "y": torch.tensor([0, 1]), **({} if kind is dict else {"z": 0})}
+    with pytest.raises(ValueError, match=r"batch: expected a pair \(x, y\), got "):
+        on_images(AT(), ATTACK)(Classifier(convolutional()), kind(batch))
+
+
 def test_the_data_themselves_are_never_attacked():
     batches = [list(batch) for batch in loader()]
     copies, seen = copy.deepcopy(batches), []
@@ -342,6 +421,80 @@ def test_a_batch_that_is_not_finite_gives_no_v_and_training_goes_on():
     assert module.at_w == [False, True, False, False] * EPOCHS
     assert skipped == [0, 3, 0, 0] * EPOCHS
     assert all(p.isfinite().all() for p in module.parameters())
+
+
+@pytest.mark.parametrize("accumulate", [1, 2, 4])
+@pytest.mark.parametrize("attack", [None, ATTACK], ids=["clean", "attacked"])
+def test_a_batch_that_is_not_finite_is_left_out_and_counted(attack, accumulate):
+    """Weights, momentum and BatchNorm's statistics are those of the loop that never saw it, to the bit."""
+    network, batches = convolutional(), [[x.clone(), y] for x, y in loader()]
+    batches[1][0][3, 0, 0, 0] = torch.nan
+    expected = plain(network, attack=attack, accumulate=accumulate, left_out=[1])
+    callback = DoublePerturbation(Classifier.loss, Layerwise(0.05), attack=attack and on_images(AT(), attack))
+    found = fitted(Classifier(network), callback, Kept(batches), accumulate_grad_batches=accumulate)
+    assert equal_states(found, expected)
+    assert all(tensor.isfinite().all() for tensor in found.values())
+    assert callback.dropped == EPOCHS
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_with_a_scaler_the_step_is_left_out_and_the_scale_lowered(accumulate):
+    network, batches = convolutional().float(), [[x.clone(), y] for x, y in loader(torch.float32)]
+    batches[1][0][3, 0, 0, 0] = torch.nan
+    plugin = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=2.0**10))
+    callback, seen = DoublePerturbation(Classifier.loss, Layerwise(0.05)), []
+
+    class Watch(Callback):
+        def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+            seen.append((state(network), plugin.scaler.get_scale()))
+
+    before = state(network)
+    fitted(
+        Classifier(network), [callback, Watch()], Kept(batches), plugins=plugin, accumulate_grad_batches=accumulate,
+        limit_train_batches=2,
+    )  # fmt: skip
+    assert callback.dropped == EPOCHS
+    assert [scale for _, scale in seen] == [2.0**10, 2.0**9, 2.0**9, 2.0**8, 2.0**8, 2.0**7]
+    states = [before] + [found for found, _ in seen]
+    for epoch in range(EPOCHS):
+        start, good, bad = states[2 * epoch : 2 * epoch + 3]
+        assert equal_states(good, bad)  # neither weights nor statistics
+        assert torch.equal(start["0.weight"], good["0.weight"]) == (accumulate == 2)
+
+
+@pytest.mark.parametrize("label", [0, 1], ids=["right", "wrong"])
+def test_fp16_gradients_neither_vanish_nor_overflow_in_the_attack(label):
+    """Of a network that is sure of itself: where it is right, p - y is 6e-9, and without a scale no input would move;
+    where it is wrong, -1, and the scale alone is above fp16's largest number.
+    """
+    network = convolutional().float()
+    x, _ = data(torch.float32)
+    with torch.no_grad():
+        network[6].bias[0] = 19.0
+    batches, shares = [[x[:8], torch.full((8,), label)]], []
+
+    class Watch(Callback):
+        def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+            shares.append((batch[0] != x[:8]).float().mean().item())
+
+    for precision in ({"precision": "32-true"}, {"plugins": MixedPrecision("16-mixed", "cpu")}):
+        attack = on_images(AT(), PGD(Linf(8 / 255, box=None), 2 / 255, 3, zero))
+        callback = DoublePerturbation(Classifier.loss, None, attack=attack)
+        fitted(Classifier(copy.deepcopy(network)), [callback, Watch()], Kept(batches), **precision)
+    assert shares[0] > 0.9
+    assert min(shares) > shares[0] - 0.1
+
+
+def test_a_hook_that_changes_a_weight_at_w_plus_v_is_told_so():
+    class Clipping(Classifier):
+        @torch.no_grad()
+        def on_train_batch_start(self, batch, batch_idx):
+            self.network[0].weight.clamp_(-0.01, 0.01)
+
+    module = Clipping(convolutional())
+    with pytest.raises(RuntimeError, match=r"a hook changed a weight .* do that in on_train_batch_end"):
+        fitted(module, [Keep(), DoublePerturbation(Clipping.loss, Layerwise(0.05))])
+    assert all(torch.equal(p, module.w[name]) for name, p in module.named_parameters())
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16 with a scaler"])

@@ -17,12 +17,14 @@ from lightning.fabric import Fabric
 from networks import convolutional, equal_states, state
 from torch.utils.data import DataLoader, TensorDataset
 
-from saltflat import perturbed
+from saltflat import PGD, Linf, perturbed
+from saltflat.inputs import zero
 from saltflat.random import seeded
 from saltflat.step import in_mode
 
 PAGE = Path(__file__).parent.parent / "docs" / "loops.md"
 TEXT = PAGE.read_text()
+AT_X = PGD(Linf(8 / 255, box=None), 2 / 255, 3, zero)
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*does not have many workers:UserWarning"),
@@ -61,6 +63,11 @@ def batches(dtype=torch.float32, n=32):
     return list(zip(x.split(8), y.split(8), strict=True))
 
 
+def loader():
+    """The same, as a DataLoader."""
+    return DataLoader(TensorDataset(*(torch.cat(parts) for parts in zip(*batches(), strict=True))), batch_size=8)
+
+
 def trained(loop, model, *arguments):
     model = copy.deepcopy(model).train()
     loop(model, *arguments)
@@ -75,7 +82,7 @@ def test_every_loop_of_the_page_is_tested(page):
 
 def test_the_pages_links_lead_somewhere():
     targets = re.findall(r"\]\(([^)#]+)\)", TEXT)
-    assert len(targets) == 3
+    assert len(targets) == 4
     for target in targets:
         assert (PAGE.parent / target).is_file()
 
@@ -112,6 +119,24 @@ def test_a_scaler_changes_no_bit(page):
     assert equal_states(trained(page["mixed"], model, batches()), trained(unscaled, model, batches()))
 
 
+def test_in_fp16_the_attack_of_the_page_moves_what_it_moves_in_bf16(page):
+    """Of a network that is sure of itself, whose gradients without a scale are below fp16's smallest number, 6e-8."""
+    model, (x, _), moved = network(batch_norm=False), batches()[0], []
+    with torch.no_grad():
+        model[6].bias[0] = 19.0
+
+    def recording(f, x, generator):
+        x_adv = AT_X(f, x)
+        moved.append((x_adv != x).float().mean().item())
+        return x_adv
+
+    page = page | {"attack": recording}
+    mixed = type(page["mixed"])(page["mixed"].__code__, page, "mixed", page["mixed"].__defaults__)
+    for dtype in (torch.bfloat16, torch.float16):
+        trained(mixed, model, [(x, torch.zeros(8, dtype=torch.int64))], "cpu", dtype)
+    assert min(moved) > 0.9
+
+
 def one_v_each(page, model, batches, start_of, accumulate=1):
     """The plain loop with an ascent for every micro-batch; `start_of(index)` draws the attack's start."""
     optimizer, objective = page["sgd"](model), page["objective"]
@@ -129,11 +154,11 @@ def one_v_each(page, model, batches, start_of, accumulate=1):
 
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_lightning_is_the_plain_loop_to_the_bit(page, accumulate):
-    model, data = network(), TensorDataset(*(torch.cat(parts) for parts in zip(*batches(), strict=True)))
+    model = network()
     quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
     loop = partial(page["lightning"], accelerator="cpu", accumulate_grad_batches=accumulate, **quiet)
-    found = trained(loop, model, DataLoader(data, batch_size=8))
-    expected = trained(partial(one_v_each, page), model, batches(), lambda index: seeded(0, 0, index), accumulate)
+    found = trained(loop, model, loader())
+    expected = trained(partial(one_v_each, page), model, batches(), lambda index: seeded(0, 0, index, 0), accumulate)
     assert equal_states(found, expected)
 
 
@@ -147,9 +172,9 @@ def test_fabric_is_the_plain_loop_to_the_bit(page):
     assert equal_states(found, trained(page["plain"], model, batches()))
 
 
-def under_bf16(page, model, batches, rounded):
+def under_bf16(page, model, batches, rounded, generator):
     """The plain loop under autocast; `rounded` is what training's forward does to its input."""
-    optimizer, generator, objective = page["sgd"](model), seeded(0), page["objective"]
+    optimizer, objective = page["sgd"](model), page["objective"]
     for x, y in batches:
         with in_mode(model, "eval"), torch.autocast("cpu", torch.bfloat16):
             x_adv = page["attack"](objective.inner(model, x, y), x, generator=generator)
@@ -167,7 +192,7 @@ def under_bf16(page, model, batches, rounded):
 def test_fabric_in_bf16_is_the_plain_loop_under_autocast(page):
     model = network()
     found = trained(lambda model, batches: page["with_fabric"](fabric("bf16-mixed"), model, batches), model, batches())
-    expected = trained(partial(under_bf16, page), model, batches(), torch.Tensor.bfloat16)
+    expected = trained(partial(under_bf16, page), model, batches(), torch.Tensor.bfloat16, seeded(0))
     assert equal_states(found, expected)
 
 
@@ -183,33 +208,55 @@ def test_fabric_refuses_the_ascent_through_what_it_wrapped(page):
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_accelerate_is_the_plain_loop_to_the_bit(page, accumulate):
     model, accelerator = network(), Accelerator(cpu=True, gradient_accumulation_steps=accumulate)
-    found = trained(lambda model, batches: page["with_accelerate"](accelerator, model, batches), model, batches())
-    generator = seeded(0)
-    expected = trained(partial(one_v_each, page), model, batches(), lambda index: generator, accumulate)
-    assert equal_states(found, expected)
-    assert equal_states(found, trained(page["plain"], model, batches())) == (accumulate == 1)
+    found = trained(lambda model, batches: page["with_accelerate"](accelerator, model, batches), model, loader())
+    generators = {parts: seeded(0, 0) for parts in (1, 2)}
+    expected = {
+        parts: trained(partial(one_v_each, page), model, batches(), lambda index, g=generator: g, parts)
+        for parts, generator in generators.items()
+    }
+    assert equal_states(found, expected[accumulate])
+    assert not equal_states(found, expected[3 - accumulate])
+
+
+def test_accelerate_steps_with_what_is_left_at_the_end_of_an_epoch(page):
+    """Four batches in threes: two steps. A loader that was not prepared would end with a gradient and no step."""
+    model, accelerator, steps = network(), Accelerator(cpu=True, gradient_accumulation_steps=3), []
+
+    def counted(model):
+        optimizer = sgd(model)
+        optimizer.register_step_post_hook(lambda *_: steps.append(1))
+        return optimizer
+
+    sgd = page["sgd"]
+    changed = page | {"sgd": counted}
+    loop = type(page["plain"])(page["with_accelerate"].__code__, changed, "with_accelerate")
+    trained(lambda model, batches: loop(accelerator, model, batches), model, loader())
+    assert len(steps) == 2
 
 
 def test_accelerate_in_bf16_is_the_plain_loop_under_autocast(page):
     model, accelerator = network(), Accelerator(cpu=True, mixed_precision="bf16")
-    found = trained(lambda model, batches: page["with_accelerate"](accelerator, model, batches), model, batches())
-    assert equal_states(found, trained(partial(under_bf16, page), model, batches(), torch.Tensor.float))
+    found = trained(lambda model, batches: page["with_accelerate"](accelerator, model, batches), model, loader())
+    expected = trained(partial(under_bf16, page), model, batches(), torch.Tensor.float, seeded(0, 0))
+    assert equal_states(found, expected)
 
 
 RANKS = """
 import os, sys, torch, test_loops
+from accelerate.utils import DataLoaderConfiguration
 torch.set_num_threads(1)
 page, model, rank = test_loops.blocks(), test_loops.fixed(), int(os.environ["RANK"])
 page["attack"] = lambda f, x, generator: x
-share = [(x[rank::2], y[rank::2]) for x, y in test_loops.batches()]
 if sys.argv[1] == "fabric":
     one = test_loops.Fabric(accelerator="cpu", devices=2, strategy="ddp", precision="32-true")
     one.launch()
-    page["with_fabric"](one, model, share)
+    page["with_fabric"](one, model, [(x[rank::2], y[rank::2]) for x, y in test_loops.batches()])
 else:
-    page["with_accelerate"](test_loops.Accelerator(cpu=True), model, share)
+    halves = DataLoaderConfiguration(split_batches=True)
+    page["with_accelerate"](test_loops.Accelerator(cpu=True, dataloader_config=halves), model, test_loops.loader())
 if rank == 0:
     torch.save(test_loops.state(model), sys.argv[2])
+torch.distributed.destroy_process_group()  # or the process may abort at its end, while Gloo's threads still run
 """
 
 
@@ -230,6 +277,7 @@ def test_two_ranks_with_half_the_batch_each_are_the_plain_loop(framework, tmp_pa
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     tests = str(Path(__file__).parent)
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join((tests, str(PAGE.parent.parent)))}
-    subprocess.run([*command, script, framework, found], check=True, env=environment, capture_output=True, timeout=200)
+    done = subprocess.run([*command, script, framework, found], env=environment, capture_output=True, timeout=200)
+    assert done.returncode == 0, done.stderr.decode()
     for name, tensor in torch.load(found).items():
         torch.testing.assert_close(tensor, expected.state_dict()[name], rtol=0, atol=1e-7)

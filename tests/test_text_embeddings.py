@@ -3,13 +3,16 @@ that does all by hand.
 """
 
 import copy
+import inspect
+import re
+import statistics
 
 import pytest
 import torch
 from networks import equal_states, state
 from transformers import BertConfig, BertForSequenceClassification
 
-from examples.text_embeddings import FGM, K_PGD, losses, step
+from examples.text_embeddings import FGM, K_PGD, lines, losses, step
 
 
 def bert():
@@ -43,6 +46,19 @@ def by_hand(model, ids, y, u):
 
 def length(u):
     return u.square().sum((1, 2), keepdim=True).sqrt()
+
+
+def test_lines_have_a_number_for_every_word_and_none_is_learnt_and_held_out():
+    ids, y, words = lines()
+    assert ids.shape == (len(y), 16)
+    assert set(y.tolist()) == {0, 1}
+    assert len(ids.unique(dim=0)) == len(ids)
+    assert ((ids[:, 1:] == 0) | (ids[:, :-1] > 0)).all()  # padding stands at the end
+    assert (ids[:, 0] > 0).all()
+    told = [inspect.getdoc(member) or "" for _, member in inspect.getmembers(statistics)]
+    source = [line for text in (inspect.getsource(statistics), *told) for line in text.splitlines()]
+    different = {word for line in source for word in re.findall(r"\w+|\S", line)[:16]}
+    assert words - 1 == len(different) == len(ids.unique()) - 1 == ids.max()
 
 
 def test_losses_are_those_of_each_text_without_its_padding():
