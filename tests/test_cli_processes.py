@@ -105,7 +105,7 @@ def test_a_diverged_run_ends_with_one_line(tmp_path):
     ]
     found = subprocess.run(command, capture_output=True, text=True)
     assert found.returncode == 1
-    assert found.stderr.startswith("saltflat: epoch 1: the training loss is not finite")
+    assert found.stderr.startswith("saltflat: epoch 2: the gradient of 2 of 2 batches was not finite")
     assert found.stderr.count("\n") == 1
 
 
