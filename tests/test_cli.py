@@ -16,7 +16,7 @@ from commands import QUICK, run
 from PIL import Image
 
 import saltflat
-from saltflat.lab import build, checkpoints, config, record, subjects, trainings
+from saltflat.lab import build, checkpoints, config, initial, record, subjects, trainings
 from saltflat.lab.cli import main, parsed
 from saltflat.lab.recipes import RECIPES
 from saltflat.lab.threat import Threat
@@ -312,7 +312,7 @@ def test_metrics_of_an_epoch_without_its_state_are_dropped(tmp_path):
     run("train", "at", *QUICK, "--out", tmp_path / "run")
     folder, whole = tmp_path / "run", (tmp_path / "run" / "checkpoints" / "last.safetensors").read_bytes()
     settings = record.read_config(folder)
-    ready = trainings._ready(settings, build.begun)
+    ready = trainings._ready(settings, initial.begun)
     training = fit(
         ready.model,
         ready.sets.train,

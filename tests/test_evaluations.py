@@ -272,7 +272,7 @@ def bad_foreign(folder):
         ),
         "a pickle with code": (["harmful.pt", *data], "model: harmful.pt: "),
         "no file": (["none.pt", *data], "run: expected the file of a checkpoint beside --model, got 'none.pt'"),
-        "no data": (["theirs.pt"], "data: expected one of digits, cifar10, cifar100, svhn, "),
+        "no data": (["theirs.pt"], "cifar100, svhn, parquet, folder, tiny-imagenet, npz beside --model, got none"),
         "no path": (["theirs.pt", "--data", "cifar10"], "data_path: expected where the data are"),
         "missing archive": (["theirs.pt", "--data", "cifar10", "--data-path", "none"], "data_path: "),
         "validation split": (["theirs.pt", *data, "--split", "validation"], "split: expected one of test, train"),

@@ -12,7 +12,7 @@ from torch import nn
 
 from saltflat import AT, Global, Layerwise, Natural, double_perturbation_step, perturbed
 from saltflat.averaging import reestimate_statistics
-from saltflat.data import Images, digits
+from saltflat.data import Images
 from saltflat.lab import adversaries, record, trainings
 from saltflat.models import small_resnet
 from saltflat.neighbours.adaptive_random_wp import PREFIX, adaptive_random_wp
@@ -169,9 +169,7 @@ def test_a_dropped_replay_leaves_the_displacement_where_it_was():
     before = memory[NAME].clone()
     model[3].bias.register_hook(lambda g: g * torch.nan)
     assert step(model, x, y).dropped == 1
-    assert torch.equal(memory[NAME], ((x + before).clamp(0, 1) - x).clamp(-8 / 255, 8 / 255)) or torch.equal(
-        memory[NAME], before
-    )
+    assert torch.equal(memory[NAME], before)
     with pytest.raises(ValueError, match="attack: expected PGD"):
         free_step(model, x, y, objective=AT(), attack=None, ball=None, optimizer=sgd(model), memory={})
 
@@ -330,4 +328,3 @@ def test_free_training_climbs_as_many_steps_as_it_is_told():
         generator=torch.Generator(),
     )  # fmt: skip
     assert len(gradients) == 4 * (3 + 1)
-    assert len(digits().train) > 0

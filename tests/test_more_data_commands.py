@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from saltflat.data import digits
 from saltflat.data.download import Source
-from saltflat.lab import build, downloads, record
+from saltflat.lab import build, downloads, initial, record
 from saltflat.lab.checkpoints import load_weights
 from saltflat.lab.config import BadInput
 from saltflat.lab.recipes import RECIPES
@@ -98,16 +98,16 @@ def test_extra_images_that_do_not_fit_are_refused_before_work(arrays, words, tmp
 
 
 def test_training_begins_with_the_weights_of_a_checkpoint_and_goes_on_without_it(trained, tmp_path, capsys):
-    initial = tmp_path / "begin.safetensors"
-    shutil.copy(trained / "checkpoints" / "last.safetensors", initial)
+    file = tmp_path / "begin.safetensors"
+    shutil.copy(trained / "checkpoints" / "last.safetensors", file)
     out = tmp_path / "tuned"
-    run("train", "at", *QUICK, "--model.initial", initial, "--out", out)
+    run("train", "at", *QUICK, "--model.initial", file, "--out", out)
     config = record.read_config(out)
-    begun = build.begun(config, digits().train)
+    begun = initial.begun(config, digits().train)
     expected = build.network(config, digits().train)
-    load_weights(initial, expected)
+    load_weights(file, expected)
     assert equal_states(begun.state_dict(), expected.state_dict())
-    initial.unlink()
+    file.unlink()
     run("train", "--resume", out)
     assert "is finished" in capsys.readouterr().out
     wrong = refused(capsys, "train", "at", *QUICK, "--model.width", "5", "--model.initial", out / "nothing.pt")
@@ -122,8 +122,8 @@ def test_a_last_layer_for_another_number_of_classes_is_drawn_anew(trained):
     config = changed(config, [f"model.initial={trained / 'checkpoints' / 'last.safetensors'}"])
     read = digits().train
     fewer = type(read)(read.images[read.labels < 4], read.labels[read.labels < 4], 4, "few")
-    begun, drawn = build.begun(config, fewer).state_dict(), build.network(config, fewer).state_dict()
-    old = build.begun(config, read).state_dict()
+    begun, drawn = initial.begun(config, fewer).state_dict(), build.network(config, fewer).state_dict()
+    old = initial.begun(config, read).state_dict()
     head = [name for name in begun if begun[name].shape != old[name].shape]
     assert len(head) == 2
     for name in begun:
@@ -307,10 +307,10 @@ def test_weights_to_begin_with_are_looked_at(trained, tmp_path, capsys):
 
 
 def test_flatness_from_where_training_began_needs_no_file_of_others(trained, tmp_path):
-    initial = tmp_path / "begin.safetensors"
-    shutil.copy(trained / "checkpoints" / "last.safetensors", initial)
-    run("train", "at", *QUICK, "--model.initial", initial, "--out", tmp_path / "tuned")
-    initial.unlink()
+    file = tmp_path / "begin.safetensors"
+    shutil.copy(trained / "checkpoints" / "last.safetensors", file)
+    run("train", "at", *QUICK, "--model.initial", file, "--out", tmp_path / "tuned")
+    file.unlink()
     run("flatness", tmp_path / "tuned", "--measures", "norms", "--examples", "20")
 
 

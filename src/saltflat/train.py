@@ -170,8 +170,8 @@ def fit(
         state: of an earlier `Epoch`, to go on after it; model and optimiser are loaded from it.
 
     Raises: ValueError for a share of extra examples without such, or the reverse, and for extra examples of another
-        shape or number of classes; FloatingPointError at the end of an
-        epoch in which more batches were dropped, for gradients that are not finite, than used.
+        shape or number of classes; FloatingPointError at the end of an epoch in which more batches were dropped, for
+        gradients that are not finite, than used.
     """
     _check_extra(extra, train, plan)
     device = next(model.parameters()).device

@@ -63,11 +63,10 @@ def step(config: Train, memory: dict[str, Tensor]) -> Callable[..., Step]:
         **given: Any,
     ) -> Step:
         given |= {"optimizer": optimizer, "generator": generator, "objective": objective, "where": _where(awp, model)}
-        climb = _climb(awp, memory, optimizer, generator)
         if awp.method == "m-rwp":
             return two_batch_step(model, x, y, share=awp.share, attack_mode=attack.mode, **given)
         given |= {
-            "climb": climb,
+            "climb": _climb(awp, memory, optimizer, generator),
             "climbed": below(objective.each, awp.c) if awp.method == "robust-wp" else None,
             "steps": awp.steps,
             "step_size": None if awp.method in ("kaggle", "fast") else awp.step_size or None,
@@ -102,7 +101,6 @@ def _climb(awp: Awp, memory: dict[str, Tensor], optimizer: torch.optim.Optimizer
         "asam": perturbed,
         "robust-wp": accumulated,
         "random-wp": partial(drawn, generator=generator),
-        "m-rwp": partial(drawn, generator=generator),
         "arwp": partial(
             adaptively_drawn, generator=generator, memory=memory, eta=awp.eta, beta=awp.beta, shrink=shrink
         ),

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,11 +15,9 @@ from saltflat import data as datasets
 from saltflat import models
 from saltflat.data import Images, Splits
 from saltflat.inputs import PGD, gaussian, uniform, zero
-from saltflat.lab import adversaries, record
+from saltflat.lab import adversaries
 from saltflat.lab.config import BadInput, Data, Train
 from saltflat.lab.threat import trained_against
-from saltflat.models import published
-from saltflat.models.state_dicts import read_state
 from saltflat.neighbours.logit_pairing import ALP
 from saltflat.objectives import AT, MART, TRADES, Natural, Objective, Value
 from saltflat.random import Generator, derived_seed
@@ -162,55 +159,6 @@ def network(config: Train, like: Images) -> nn.Module:
                 of.depth, of.widen_factor, classes, in_channels=channels, activation=of.activation, **pixels
             )
     return made.to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
-
-
-def begun(config: Train, like: Images) -> nn.Module:
-    """The network as training begins with it: drawn, or read from `model.initial`, but for a last layer that there has
-    another number of classes.
-    """
-    model, path = network(config, like), config.model.initial
-    if path is None:
-        return model
-    own = model.state_dict()
-    last = next(reversed([name for name, module in model.named_modules() if isinstance(module, nn.Linear)]))
-    try:
-        found = {
-            name: next(
-                (
-                    own[head]
-                    for head in (f"{last}.weight", f"{last}.bias")
-                    if _another_head(name, tensor, head, own[head])
-                ),
-                tensor,
-            )
-            for name, tensor in read_state(path).items()
-        }
-        fitted, inside = published.fitted(found, model)
-        if bad := [name for name, tensor in fitted.items() if not tensor.isfinite().all()]:
-            raise ValueError(f"{path}: expected finite weights, got {bad[0]!r} with others")
-        _check_pixels(path, config)
-    except (OSError, ValueError) as error:
-        raise BadInput(f"model.initial: {' '.join(str(error).split())}") from None
-    if inside is not None and (tuple(inside.mean), tuple(inside.std)) != (config.model.mean, config.model.std):
-        raise BadInput(
-            f"model.initial: {path} normalises by mean {tuple(inside.mean)} and std {tuple(inside.std)}; "
-            "set model.mean and model.std to them"
-        )
-    model.load_state_dict(fitted)
-    return model
-
-
-def _check_pixels(path: Path, config: Train) -> None:
-    """ValueError for a checkpoint of a run whose network normalises otherwise, which its weights do not hold."""
-    folder = path.absolute().parent.parent
-    if path.suffix == ".safetensors" and (folder / "config.yaml").is_file():
-        of = record.read_config(folder).model
-        if (of.mean, of.std) != (config.model.mean, config.model.std):
-            raise ValueError(f"{path} normalises by model.mean {list(of.mean)} and model.std {list(of.std)}; set them")
-
-
-def _another_head(name: str, tensor: Tensor, head: str, own: Tensor) -> bool:
-    return f".{name}".endswith(f".{head}") and tensor.shape != own.shape and tensor.shape[1:] == own.shape[1:]
 
 
 def optimizer(config: Train, model: nn.Module) -> torch.optim.Optimizer:

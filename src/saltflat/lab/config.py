@@ -328,19 +328,8 @@ def _check_together(config: Train) -> None:
     if config.attack.norm == "Linf" and config.attack.eps > 1:
         raise BadInput(f"attack.eps: pixels lie in [0, 1], expected at most 1 (as in 8/255), got {config.attack.eps:g}")
     _check_awp(config.awp)
-    if config.attack.replays > 0 and (config.awp.method == "m-rwp" or config.awp.alternations > 1):
-        raise BadInput(
-            f"attack.replays: expected 0 with awp.method m-rwp or with alternations, got {config.attack.replays}"
-        )
-    if config.attack.replays > 0 and (config.awp.share < 1 or config.awp.step_inside):
-        raise BadInput(
-            "attack.replays: expected 0 with awp.share or awp.step_inside, "
-            f"which replays have none of, got {config.attack.replays}"
-        )
-    if config.attack.replays > 0 and config.attack.final_forward:
-        raise BadInput("attack.final_forward: expected false with attack.replays, got true")
-    if config.attack.replays > 0 and config.objective.name == "natural":
-        raise BadInput(f"attack.replays: natural training has no attack, expected 0, got {config.attack.replays}")
+    if config.attack.replays > 0:
+        _check_replays(config)
     _check_labels(config)
     if config.awp.alternations > 1 and config.awp.gamma == 0:
         raise BadInput(f"awp.alternations: needs awp.gamma > 0, got {config.awp.alternations}")
@@ -394,6 +383,21 @@ def _check_awp(awp: Awp) -> None:
             value, usual = getattr(awp, leaf), getattr(Awp(), leaf)
             if name != of and value != usual:
                 raise BadInput(f"awp.{leaf}: belongs to awp.method {of}; expected {usual!r} with {name}, got {value!r}")
+
+
+def _check_replays(config: Train) -> None:
+    """What does not go together with free adversarial training."""
+    awp, replays = config.awp, config.attack.replays
+    if awp.method == "m-rwp" or awp.alternations > 1:
+        raise BadInput(f"attack.replays: expected 0 with awp.method m-rwp or with alternations, got {replays}")
+    if awp.share < 1 or awp.step_inside:
+        raise BadInput(
+            f"attack.replays: expected 0 with awp.share or awp.step_inside, which replays have none of, got {replays}"
+        )
+    if config.attack.final_forward:
+        raise BadInput("attack.final_forward: expected false with attack.replays, got true")
+    if config.objective.name == "natural":
+        raise BadInput(f"attack.replays: natural training has no attack, expected 0, got {replays}")
 
 
 def _check_labels(config: Train) -> None:

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from saltflat.data import Images
-from saltflat.lab import build, checkpoints, record
+from saltflat.lab import build, checkpoints, initial, record
 from saltflat.lab.config import BadInput, Train
 from saltflat.lab.console import progress, say
 from saltflat.lab.threat import trained_against
@@ -40,7 +40,7 @@ class Ready:
 
 def train(config: Train, out: Path) -> None:
     """A new run in the folder `out`."""
-    ready = _ready(config, build.begun)
+    ready = _ready(config, initial.begun)
     gpu = ready.device.type == "cuda"
     where = torch.cuda.get_device_name(ready.device) if gpu else str(ready.device)
     versions = record.environment(where, torch.get_num_threads(), torch.version.cuda if gpu else None)
@@ -58,7 +58,7 @@ def train(config: Train, out: Path) -> None:
 
 def check(config: Train) -> Ready:
     """All that training asks for; BadInput if anything is not in order. Nothing is written."""
-    return _ready(config, build.begun)
+    return _ready(config, initial.begun)
 
 
 def check_free(runs: Mapping[Path, Train]) -> None:
@@ -83,7 +83,7 @@ def resume(out: Path) -> None:
     if path.exists() and checkpoints.epochs_done(path) >= config.optimizer.epochs:
         say(f"{out} is finished: {config.optimizer.epochs} epochs.")
         return
-    ready, state = _ready(config, build.network if path.exists() else build.begun), None
+    ready, state = _ready(config, build.network if path.exists() else initial.begun), None
     if path.exists():
         averaged = config.optimizer.average > 0 or config.optimizer.swa_from > 0
         state = checkpoints.load_state(path, ready.model, averaged)
