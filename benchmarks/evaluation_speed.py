@@ -23,10 +23,10 @@ from peer import standard as by_peer
 from torch import Tensor, nn
 
 from saltflat.evaluation.suite import evaluate, prepared, standard
-from saltflat.evaluation.windows import Near, Windows
 from saltflat.lab import record
 from saltflat.lab.config import number, shown
 from saltflat.lab.subjects import chosen, from_run, with_threat
+from saltflat.lean.windows import Near, Windows
 
 
 class Clock:

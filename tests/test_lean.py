@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, parametrize
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from saltflat.evaluation.lean import lean
+from saltflat.lean.network import lean
 from saltflat.models import small_resnet, wide_resnet
 
 LOWER = [torch.bfloat16, torch.float16]

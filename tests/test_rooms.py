@@ -12,8 +12,8 @@ import saltflat
 
 SOURCE = Path(saltflat.__file__).parent
 ORDER = [
-    "random", "balls", "objectives", "schedules", "models", "data", "inputs", "weights", "averaging", "parallel",
-    "step",
+    "random", "balls", "objectives", "schedules", "models", "lean", "data", "inputs", "weights", "averaging",
+    "parallel", "step",
     "neighbours", "evaluation", "landscape", "train", "integrations", "lab",
 ]  # fmt: skip
 CORE = ["random", "balls", "objectives", "schedules", "inputs", "weights", "averaging", "step"]

@@ -24,10 +24,10 @@ from saltflat.evaluation import (
     Trial,
     find,
 )
-from saltflat.evaluation.lean import lean
 from saltflat.evaluation.ratios import dlr
 from saltflat.evaluation.search import feasible, keep
 from saltflat.inputs import gaussian
+from saltflat.lean.network import lean
 from saltflat.objectives import margin
 
 BOXES = [None, (0.0, 1.0), (-1.0, 2.0)]

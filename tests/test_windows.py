@@ -8,10 +8,11 @@ from hypothesis import strategies as st
 from torch import nn
 
 from saltflat import L2, Linf, PerExample
-from saltflat.evaluation import Square, find, reach, windows
-from saltflat.evaluation.layers import Untraceable
-from saltflat.evaluation.lean import lean
-from saltflat.evaluation.windows import Windows
+from saltflat.evaluation import Square, find
+from saltflat.lean import reach, windows
+from saltflat.lean.layers import Untraceable
+from saltflat.lean.network import lean
+from saltflat.lean.windows import Windows
 from saltflat.models import preact_resnet18, small_cnn, small_resnet, vgg19_bn, wide_resnet
 
 

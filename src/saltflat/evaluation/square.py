@@ -35,9 +35,9 @@ import torch
 from torch import Tensor
 
 from saltflat.balls import L2, InputBall, Linf
-from saltflat.evaluation.lean import Lean
 from saltflat.evaluation.search import Logits, Search, Trial, keep, rows_of
-from saltflat.evaluation.windows import Windows
+from saltflat.lean.network import Lean
+from saltflat.lean.windows import Windows
 from saltflat.objectives import margin
 from saltflat.random import Generator, uniform
 

@@ -31,7 +31,6 @@ from saltflat.balls import L1, InputBall
 from saltflat.data.images import to_float
 from saltflat.evaluation.apgd import APGD, TargetedAPGD
 from saltflat.evaluation.fab import TargetedFAB
-from saltflat.evaluation.lean import lean
 from saltflat.evaluation.ratios import dlr
 from saltflat.evaluation.restarts import Restarted
 from saltflat.evaluation.search import Attack, Logits, find, is_cut
@@ -39,6 +38,7 @@ from saltflat.evaluation.sparse_apgd import SparseAPGD, TargetedSparseAPGD
 from saltflat.evaluation.spsa import SPSA
 from saltflat.evaluation.square import Square
 from saltflat.inputs import FGSM, PGD
+from saltflat.lean.network import lean
 from saltflat.objectives import ce, margin
 from saltflat.random import PerExample, derived_seed
 from saltflat.step import in_mode

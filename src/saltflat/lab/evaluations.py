@@ -18,13 +18,14 @@ from torch import Tensor
 
 from saltflat.evaluation import checks, interval
 from saltflat.evaluation.checks import Flag
-from saltflat.evaluation.lean import lean
 from saltflat.evaluation.suite import Column, Done, Verdicts, evaluate, prepared
 from saltflat.lab import record, verdicts_file
 from saltflat.lab.config import BadInput
 from saltflat.lab.console import CONSOLE, progress, say
+from saltflat.lab.precision import exact
 from saltflat.lab.subjects import Subject, chosen, place
 from saltflat.lab.threat import Described, columns
+from saltflat.lean.network import lean
 
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 LOOKED_AT = 64  # examples that checks before the attack are made on
@@ -44,6 +45,7 @@ class How:
     padded: bool = False
 
 
+@exact()
 def evaluation(of: Subject, names: Sequence[str], split: str, examples: int, how: How) -> dict[str, Any]:
     """Attack a checkpoint; the summary of the outcomes, which are written into the subject's folder.
 

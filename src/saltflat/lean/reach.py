@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx, nn
 
-from saltflat.evaluation.layers import SCALINGS, SUMS, Layers
+from saltflat.lean.layers import SCALINGS, SUMS, Layers
 
 MOST = 0.7  # of a map that patches are worth their while for
 WORTH = 0.75  # of all multiplications that may be left to do

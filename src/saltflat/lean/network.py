@@ -14,14 +14,12 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
-from saltflat.evaluation.layers import Untraceable, is_changed
-from saltflat.evaluation.windows import Windows
+from saltflat.lean.layers import Untraceable
+from saltflat.lean.norms import Affine, is_affine
+from saltflat.lean.windows import Windows
 
 CAST = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)  # what autocast runs in lower precision
-HALF = (torch.bfloat16, torch.float16)
-NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
 def lean(model: nn.Module, dtype: torch.dtype | None = None) -> Lean:
@@ -73,59 +71,16 @@ class Lean:
         if self.device != "cpu":  # elsewhere, a patch costs as much as a small map
             return None
         try:
-            return Windows(
-                self.network, lambda module: isinstance(vars(module).get("forward"), _Affine), self.precision
-            )
+            return Windows(self.network, lambda module: isinstance(vars(module).get("forward"), Affine), self.precision)
         except Untraceable:
             return None
-
-
-class _Affine:
-    """input * scale + shift for each channel, (N, C, ...) -> (N, C, ...)."""
-
-    def __init__(self, norm: _BatchNorm) -> None:
-        assert norm.running_mean is not None
-        self.scale, self.shift = (values.to(norm.running_mean.dtype) for values in _scale_and_shift(norm))
-        self.spread: tuple[Tensor, Tensor] | None = None
-
-    def __call__(self, input: Tensor) -> Tensor:
-        scale, shift = self._spread(input) if input.dtype in HALF else self._by_channel(input)
-        return torch.addcmul(shift, input, scale)
-
-    def _by_channel(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        shape = (-1, *[1] * (x.ndim - 2))
-        return self.scale.to(x.dtype).view(shape), self.shift.to(x.dtype).view(shape)
-
-    def _spread(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Both for every pixel, laid out as x is: in half precision, torch's CPU kernels broadcast channels one number
-        at a time, which takes up to ten times as long.
-        """
-        if self.spread is None or self.spread[0].shape[1:] != x.shape[1:] or self.spread[0].dtype != x.dtype:
-            scale, shift = (torch.empty_like(x[:1]).copy_(values) for values in self._by_channel(x))
-            self.spread = scale, shift
-        return self.spread
-
-
-def _scale_and_shift(norm: _BatchNorm) -> tuple[Tensor, Tensor]:
-    """Of each channel, in float64."""
-    assert norm.running_mean is not None
-    assert norm.running_var is not None
-    scale = (norm.running_var.double() + norm.eps).rsqrt()
-    if norm.weight is not None:
-        scale = scale * norm.weight.detach().double()
-    shift = -norm.running_mean.double() * scale
-    return scale, shift if norm.bias is None else shift + norm.bias.detach().double()
 
 
 def _simplify_norms(network: nn.Module) -> None:
     """Only the forward of a norm changes, so that whoever reads its numbers finds them."""
     for norm in network.modules():
-        if isinstance(norm, _BatchNorm) and _is_affine(norm):
-            norm.forward = _Affine(norm)  # type: ignore[method-assign]
-
-
-def _is_affine(norm: _BatchNorm) -> bool:
-    return type(norm) in NORMS and norm.running_mean is not None and not is_changed(norm)
+        if is_affine(norm):
+            norm.forward = Affine(norm)  # type: ignore[method-assign]
 
 
 def _lay_out(network: nn.Module, dtype: torch.dtype | None) -> None:

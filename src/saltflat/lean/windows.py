@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from saltflat.evaluation.layers import Call, Layers
-from saltflat.evaluation.reach import Plan, Region, planned
+from saltflat.lean.layers import Call, Layers
+from saltflat.lean.reach import Plan, Region, planned
 
 
 class Windows:

@@ -1,0 +1,283 @@
+"""What attacks in training climb on: the answers and input gradients of the network, in fewer operations."""
+
+import copy
+import operator
+
+import pytest
+import torch
+import torch.nn.functional as F
+from networks import equal_states, state
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from saltflat import AT, PGD, Linf
+from saltflat.lean import leaner
+from saltflat.lean.convolution import Fixed, supported
+from saltflat.models import preact_resnet18, small_resnet, vgg19_bn, wide_resnet
+
+pytestmark = pytest.mark.skipif(not supported(torch.float32), reason="this machine has no oneDNN")
+
+
+def used(network, *shape):
+    """With statistics and weights of its norms that are those of none that is fresh, in eval mode."""
+    for module in network.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            for tensor in (module.weight, module.bias):
+                nn.init.normal_(tensor, 0.5)
+    with torch.no_grad():
+        for _ in range(3):
+            network.train()(torch.rand(8, *shape))
+    return network.eval()
+
+
+def answers(logits, x):
+    """Logits, and the gradient of some function of them."""
+    leaf = x.clone().requires_grad_()
+    z = logits(leaf)
+    (gradient,) = torch.autograd.grad((z.float() * torch.arange(1.0, 1 + z[0].numel()).view(z[0].shape)).sum(), leaf)
+    return z.detach(), gradient
+
+
+def off(found, exact):
+    return ((found - exact).norm() / exact.norm()).item()
+
+
+def same(network, x, tolerance=3e-6):
+    """As near to the network in fp64 as rounding in fp32 allows, and as the network itself comes."""
+    logits = leaner()(network)
+    exact = answers(lambda leaf: copy.deepcopy(network).double()(leaf.double()), x)
+    for found, wanted in zip(answers(logits, x), exact, strict=True):
+        assert off(found, wanted) < tolerance
+    assert logits is not network
+
+
+def operations(logits, x):
+    """Names of all that torch computes for the logits and their gradient."""
+    names = []
+
+    class Names(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            names.append(function.overloadpacket.__name__)
+            return function(*args, **kwargs or {})
+
+    logits(x)  # a first time, which tries things
+    with Names():
+        answers(logits, x)
+    return names
+
+
+def convolution(*sizes, **settings):
+    return nn.Conv2d(*sizes, **settings)
+
+
+WHOLE = {
+    "preact": lambda: preact_resnet18(10, mean=(0.5,), std=(0.25,)),
+    "small": lambda: small_resnet(10),
+    "wide": lambda: wide_resnet(10, 2, 10),
+    "silu": lambda: wide_resnet(10, 1, 10, activation="silu"),
+    "vgg": lambda: vgg19_bn(10),
+}
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_whole_networks(name):
+    torch.manual_seed(0)
+    same(used(WHOLE[name](), 3, 32, 32), torch.rand(5, 3, 32, 32), tolerance=1e-4)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"padding": 1},
+        {"padding": 2},
+        {"padding": 5},
+        {"padding": 1, "stride": 2},
+        {"padding": (0, 2), "stride": (2, 1)},
+        {"padding": 2, "dilation": 2},
+        {"padding": 1, "groups": 2},
+        {"kernel_size": 1},
+        {"kernel_size": 1, "stride": 2},
+        {"kernel_size": (2, 5), "padding": (1, 2)},
+    ],
+    ids=str,
+)
+def test_convolutions_of_every_kind(settings, bias):
+    torch.manual_seed(1)
+    module = convolution(**{"in_channels": 4, "out_channels": 6, "kernel_size": 3, "bias": bias} | settings)
+    for network in (
+        nn.Sequential(module),
+        nn.Sequential(module, nn.ReLU()),
+        nn.Sequential(module, nn.BatchNorm2d(6)),
+        nn.Sequential(nn.Conv2d(4, 4, 1), module, nn.BatchNorm2d(6), nn.ReLU(inplace=True), nn.Conv2d(6, 2, 1)),
+    ):
+        same(used(network, 4, 9, 8), torch.rand(5, 4, 9, 8))
+
+
+class Joined(nn.Module):
+    """A convolution with a norm, joined with a branch of it in some way."""
+
+    def __init__(self, join):
+        super().__init__()
+        self.first, self.conv, self.norm = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8)
+        self.other, self.join = nn.Conv2d(8, 8, 1), join
+
+    def forward(self, x):
+        x = self.first(x)
+        return self.join(self, x, self.norm(self.conv(x)))
+
+
+JOINS = {
+    "x + y": lambda of, x, y: F.relu(x + y),
+    "y + x": lambda of, x, y: torch.relu(y + x),
+    "torch.add": lambda of, x, y: torch.add(x, y),
+    "method": lambda of, x, y: y.add(x).relu(),
+    "in place of y": lambda of, x, y: y.add_(x).relu_(),
+    "in place of x": lambda of, x, y: (2 * x).add_(y) + x,
+    "iadd of x": lambda of, x, y: operator.iadd(2 * x, y) * x,
+    "twice the norm": lambda of, x, y: y + y,
+    "two uses of the norm": lambda of, x, y: F.relu(y) + y,
+    "two uses of the sum": lambda of, x, y: (lambda z: F.relu(z) * z)(x + y),
+    "scaled": lambda of, x, y: torch.add(x, y, alpha=2),
+    "a number": lambda of, x, y: F.relu(y + 1),
+    "a branch with a convolution": lambda of, x, y: F.relu(y + of.other(x)),
+    "a convolution that comes later": lambda of, x, y: F.relu(of.other(F.relu(y)) + of.other(x)),
+    "a broadcast branch": lambda of, x, y: F.relu(y + x.mean((2, 3), keepdim=True)),
+    "a broadcast branch of one channel": lambda of, x, y: F.relu(x[:, :1] + y),
+    "leaky": lambda of, x, y: F.leaky_relu(x + y),
+}
+
+
+@pytest.mark.parametrize("join", JOINS)
+def test_sums_of_every_kind(join):
+    torch.manual_seed(2)
+    same(used(Joined(JOINS[join]), 3, 6, 6), torch.rand(4, 3, 6, 6))
+
+
+def test_a_norm_and_what_follows_are_done_within_the_convolution():
+    network = used(nn.Sequential(nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.ReLU()), 2, 6, 6)
+    names = operations(leaner()(network), torch.rand(3, 2, 6, 6))
+    assert not {"native_batch_norm", "addcmul", "relu", "clamp_min", "clamp_min_"} & set(names)
+    assert names.count("_convolution_pointwise") == 2  # the input gradient is one as well
+
+
+def test_a_preact_network_has_as_many_convolutions_as_before_and_no_norm():
+    network, x = used(small_resnet(10), 3, 32, 32), torch.rand(2, 3, 32, 32)
+    count = sum(isinstance(module, nn.Conv2d) for module in network.modules())
+    names = operations(leaner()(network), x)
+    assert names.count("_convolution_pointwise") + names.count("convolution_backward") == 2 * count
+    assert not any("batch_norm" in name for name in names)
+
+
+def test_weights_are_read_anew_and_have_no_gradient():
+    network, x, remembering = used(small_resnet(10), 3, 16, 16), torch.rand(3, 3, 16, 16), leaner()
+    for _ in range(3):
+        assert off(remembering(network)(x), network(x)) < 1e-5
+        answers(remembering(network), x)
+        assert all(parameter.grad is None for parameter in network.parameters())
+        with torch.no_grad():
+            for tensor in (*network.parameters(), *(b for b in network.buffers() if b.is_floating_point())):
+                tensor.mul_(1.1)
+
+
+def test_batches_and_images_of_other_sizes():
+    network, remembering = used(small_resnet(10), 3, 16, 16), leaner()
+    logits = remembering(network)
+    for shape in ((4, 3, 16, 16), (1, 3, 16, 16), (7, 3, 16, 16), (2, 3, 24, 16)):
+        x = torch.rand(shape)
+        for found, wanted in zip(answers(logits, x), answers(network, x), strict=True):
+            assert off(found, wanted) < 1e-4
+
+
+def test_another_model_is_another_model():
+    remembering, x = leaner(), torch.rand(2, 3, 16, 16)
+    for seed in range(3):
+        torch.manual_seed(seed)
+        network = used(small_resnet(10), 3, 16, 16)
+        assert off(remembering(network)(x), network(x)) < 1e-5
+
+
+def test_the_model_is_left_as_it_was():
+    network = used(small_resnet(10), 3, 16, 16)
+    before, identities = state(network), [id(tensor) for tensor in (*network.parameters(), *network.buffers())]
+    answers(leaner()(network), torch.rand(3, 3, 16, 16))
+    answers(leaner(torch.bfloat16)(network), torch.rand(3, 3, 16, 16))
+    assert equal_states(state(network), before)
+    assert identities == [id(tensor) for tensor in (*network.parameters(), *network.buffers())]
+    assert not any(module.training for module in network.modules())
+
+
+class Decides(nn.Module):
+    """Its forward looks at numbers."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Conv2d(1, 2, 3)
+
+    def forward(self, x):
+        return self.layer(x) if x.sum() > 0 else x
+
+
+def test_the_model_itself_where_there_is_no_telling():
+    hooked = nn.Sequential(nn.Conv2d(1, 2, 3))
+    hooked.register_forward_hook(lambda module, given, found: 2 * found)
+    for network in (Decides(), nn.Sequential(nn.Linear(4, 2)), nn.Sequential(nn.Conv2d(1, 2, 3)).double(), hooked):
+        assert leaner()(network.eval()) is network
+    training = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Dropout())
+    assert leaner()(training) is training
+
+
+def test_a_trace_that_is_wrong_is_left():
+    class Wrong(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.scale = nn.Conv2d(1, 2, 3), 1.0
+
+        def forward(self, x):
+            return self.layer(x) * self.scale
+
+    remembering, network, x = leaner(), Wrong().eval(), torch.rand(2, 1, 4, 4)
+    logits = remembering(network)
+    network.scale = 2.0
+    assert torch.equal(logits(x), network(x))
+    assert remembering(network) is network
+
+
+def test_an_attack_on_it_is_the_attack_on_the_model():
+    torch.manual_seed(3)
+    network, x, y = used(small_resnet(10), 3, 16, 16), torch.rand(8, 3, 16, 16), torch.arange(8)
+    attack = PGD(Linf(8 / 255), 2 / 255, 10)
+    found = [
+        attack(AT().inner(of, x, y), x, generator=torch.Generator().manual_seed(0))
+        for of in (network, leaner()(network))
+    ]
+    assert (found[0] - found[1]).abs().gt(
+        1e-6
+    ).float().mean() < 0.01  # where a gradient is next to 0, its sign may turn
+    losses = [AT().inner(network, x, y)(x_adv) for x_adv in found]
+    assert off(losses[1], losses[0]) < 1e-3
+
+
+@pytest.mark.skipif(not supported(torch.bfloat16), reason="this machine has no bf16 convolutions")
+@pytest.mark.parametrize("name", ["preact", "wide"])
+def test_lower_precision(name):
+    torch.manual_seed(4)
+    network, x = used(WHOLE[name](), 3, 32, 32), torch.rand(5, 3, 32, 32)
+    expected, found = answers(network, x), answers(leaner(torch.bfloat16)(network), x)
+    assert found[0].dtype is torch.bfloat16
+    assert found[1].dtype is torch.float32
+    assert off(found[0].float(), expected[0]) < 0.05
+    assert F.cosine_similarity(found[1].flatten(1), expected[1].flatten(1)).min() > 0.9
+
+
+def test_the_gradient_of_the_branch():
+    torch.manual_seed(5)
+    module = nn.Conv2d(3, 4, 3, padding=1)
+    x, r = torch.rand(2, 3, 5, 5, requires_grad=True), torch.rand(2, 4, 5, 5, requires_grad=True)
+    fixed = Fixed(module, None, None, relu=True, dtype=torch.float32)
+    g = torch.randn(2, 4, 5, 5)
+    found = torch.autograd.grad(fixed(x, r - 0.5), (x, r), g)
+    expected = torch.autograd.grad(F.relu(module(x) + r - 0.5), (x, r), g)
+    for one, other in zip(found, expected, strict=True):
+        assert torch.allclose(one, other, atol=1e-5)
