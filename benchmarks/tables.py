@@ -1,15 +1,24 @@
-"""What the records of `evaluation_parity.py` and `evaluation_speed.py` show, as Markdown."""
+"""What the records of the other scripts show, as Markdown."""
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 
 def compared(record: Path) -> str:
-    """One table of parity-*.json, one of speed-*.json, each with what was run on what."""
-    parity = [json.loads(path.read_text()) for path in sorted(record.glob("parity-*.json"))]
-    speed = [json.loads(path.read_text()) for path in sorted(record.glob("speed-*.json"))]
-    return "\n\n".join(_parity(parity) + _speed(speed))
+    """A table or two of every kind of file that is there: parity-*.json, speed-*.json, training-step*.json,
+    profile*.json, memory*.json, growth*.json, data-pipeline*.json, first-step*.json; each with what was run on what.
+    """
+
+    def found(pattern: str) -> list[dict[str, Any]]:
+        return [json.loads(path.read_text()) for path in sorted(record.glob(pattern))]
+
+    parts = _parity(found("parity-*.json")) + _speed(found("speed-*.json"))
+    for pattern, shown in SHOWN.items():
+        for each in found(pattern):
+            parts += shown(each)
+    return "\n\n".join(parts)
 
 
 def _parity(found: list[dict[str, Any]]) -> list[str]:
@@ -55,3 +64,112 @@ def _speed(found: list[dict[str, Any]]) -> list[str]:
         "largest). In bf16 every success is asked again in fp32."
     )
     return [f"**The time**: {words}", "\n".join(rows)]
+
+
+def _training_step(found: dict[str, Any]) -> list[str]:
+    summary, turns = found["summary"], found["turns"]
+    head = ("", "seconds a step", "times faster than official", "over the floor", "of peak", "memory, MiB")
+    rows = []
+    for name, of in summary.items():
+        share = f"{of['share_of_peak']:.0%}" if "share_of_peak" in of else ""
+        memory = turns[name].get("peak_gpu_bytes", turns[name]["peak_bytes"]) / 2**20
+        cells = [_around(of["seconds"], ".3f"), _around(of.get("times_faster")), _around(of.get("over_floor"))]
+        rows.append([name, *cells, share, f"{memory:.0f}"])
+    peaks = ", ".join(f"{of['flops_per_second'] / 1e9:.0f} Gflop/s in {name}" for name, of in found["peak"].items())
+    words = (
+        f"{_setting(found)}; {found['rounds']} rounds in which every contender, in a process of its own, takes its "
+        f"turn, on {_machine(found)}. Medians, and the smallest to the largest; ratios are of turns of one round, to "
+        "the paper's procedure with its attack in the same mode, and to the convolutions of a step alone in the same "
+        f"precision. Peak, measured: {peaks}."
+    )
+    parts = [f"**A step of training**: {words}", _markdown(head, rows)]
+    if found["added"]:
+        shares = [[name, _around(of, ".1%"), f"{of['n']:.0f}"] for name, of in found["added"].items()]
+        parts.append(_markdown(("", "seconds added, or taken", "n"), shares))
+    return parts
+
+
+def _profile(found: dict[str, Any]) -> list[str]:
+    taken = found["taken"]
+    rows = [[name, f"{1e3 * each:.1f}", f"{each / taken['all']:.1%}"] for name, each in taken.items()]
+    words = f"{found['contender']}, {_setting(found)}, on {_machine(found)}; under a profiler, which costs some itself."
+    return [f"**Where the time goes**: {words}", _markdown(("", "ms a step", "share"), rows)]
+
+
+def _memory(found: dict[str, Any]) -> list[str]:
+    rows = []
+    for name, of in found["copies_over_at"].items():
+        counted = f"{found['bytes'][name]['counted'] / 2**20:.1f}"
+        rows.append([name, counted, f"{of['counted']:+.3f}", _around(of["measured"], "+.2f")])
+    words = (
+        f"{_setting(found)}. Tensors alive at the peak, counted operation by operation, and what {found['rounds']} "
+        f"processes held at most, on {_machine(found)}; beyond AT in copies of the perturbed weights, of "
+        f"{found['copy_bytes'] / 2**20:.1f} MiB each."
+    )
+    head = ("", "counted, MiB", "copies over AT, counted", "copies over AT, measured")
+    return [f"**Memory**: {words}", _markdown(head, rows)]
+
+
+def _growth(found: dict[str, Any]) -> list[str]:
+    rows = []
+    for argument, of in found["growth"].items():
+        values = ", ".join(str(value) for value in of["values"])
+        rows.append([argument, values, _around(of["slope"]), f"{of['slope_of_flops']:.2f}"])
+    words = (
+        f"slopes of log seconds over log argument, and over {found['rounds']} rounds their smallest to largest, of "
+        f"steps of a small residual network on {_machine(found)}."
+    )
+    return [f"**Growth**: {words}", _markdown(("", "values", "slope", "of the convolutions' flops"), rows)]
+
+
+def _data_pipeline(found: dict[str, Any]) -> list[str]:
+    rows = [
+        [name, _around(of["images_per_second"], ".0f"), _around(of["share_of_step"], ".2%")]
+        for name, of in found["summary"].items()
+    ]
+    words = f"batches made alone, and as a share of a step; {_setting(found)}, {found['rounds']} rounds on "
+    head = ("", "images a second", "of a step's time")
+    return [f"**Data**: {words}{_machine(found)}.", _markdown(head, rows)]
+
+
+def _first_step(found: dict[str, Any]) -> list[str]:
+    rows = [[name.strip(), _around(of, ".2f")] for name, of in found["summary"].items()]
+    words = (
+        f"seconds of {found['rounds']} new processes each, PreActResNet-18, batch {found['batch_size']}, PGD-10, on "
+        f"{_machine(found)}; the parts of the first step are those that its process tells."
+    )
+    return [f"**Until something happens**: {words}", _markdown(("", "seconds"), rows)]
+
+
+SHOWN = {
+    "training-step*.json": _training_step,
+    "profile*.json": _profile,
+    "memory*.json": _memory,
+    "growth*.json": _growth,
+    "data-pipeline*.json": _data_pipeline,
+    "first-step*.json": _first_step,
+}
+
+
+def _setting(found: Mapping[str, Any]) -> str:
+    of = found["setting"]
+    size, attack = f"{of['size']} x {of['size']}", f"PGD-{of['steps']}"
+    return f"{of['network']}, {of['objective'].upper()}, batch {of['batch_size']} of {size}, {attack}"
+
+
+def _machine(found: Mapping[str, Any]) -> str:
+    """Where, in words: the GPU by its name, or the CPU and its threads."""
+    of = found["environment"]
+    if of["cuda"] is not None:
+        return f"{of['device']}, torch {of['torch']}"
+    threads = "one thread" if of["threads"] == 1 else f"{of['threads']} threads"
+    return f"{threads} of {of['processor']}, torch {of['torch']}"
+
+
+def _around(of: Mapping[str, float] | None, form: str = ".2f") -> str:
+    return "" if of is None else f"{of['median']:{form}} ({of['min']:{form}} to {of['max']:{form}})"
+
+
+def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    marks = ["---", *["---:"] * (len(head) - 1)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in [head, marks, *rows])

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from saltflat.balls import L1, L2, Box, Ellipsoid, Filterwise, Global, Layerwise, Linf
+from saltflat.balls import L1, L2, Box, Ellipsoid, Filterwise, Global, Layerwise, Linf, bits, norms
 from saltflat.random import PerExample
 
 TOGETHER = (Global, Ellipsoid, Box)  # whose tensors share one radius
@@ -322,3 +322,86 @@ def test_empty_batches_pass_through():
     x = torch.zeros(0, 3, 2, 2)
     for ball in (Linf(0.1), L2(0.1), L1(0.1)):
         assert ball.steepest(x, x).shape == ball.project(x, x).shape == x.shape
+
+
+KINDS = {  # of tensors that stand side by side in one network
+    "double": torch.randn(3, 4).double(),
+    "single": torch.randn(4, 3, 2, 2),
+    "channels-last": torch.randn(4, 3, 2, 2).contiguous(memory_format=torch.channels_last),
+    "every other": torch.randn(6, 8)[::2, ::2],
+    "bfloat16": torch.randn(5, 2).bfloat16(),
+    "half": torch.randn(5, 2).half(),
+    "complex": torch.randn(3, 2, dtype=torch.complex64),
+    "complex double": torch.randn(3, 2, dtype=torch.complex128),
+    "number": torch.tensor(-3.0),
+    "empty": torch.zeros(0, 3),
+    "nan": torch.randn(4, 2),
+    "infinite": torch.randn(4, 2),
+    "zero": torch.randn(4, 2),
+    "tiny": torch.randn(4, 2),
+    "huge": torch.randn(4, 2),
+}
+
+
+def gradients():
+    torch.manual_seed(2)
+    found = {name: torch.randn_like(w) for name, w in KINDS.items()}
+    found["nan"][1, 1], found["infinite"][2, 0] = torch.nan, -torch.inf
+    return found | {"zero": found["zero"] * 0, "tiny": found["tiny"] * 1e-37, "huge": found["huge"] * 1e37}
+
+
+def test_layers_of_every_kind_take_the_step_that_they_take_alone():
+    g, ball = gradients(), Layerwise(0.5)
+    v = ball.steepest(g, KINDS)
+    assert list(v) == list(KINDS)
+    for name, w in KINDS.items():
+        assert v[name].shape == w.shape
+        assert v[name].dtype == w.dtype
+        if name in ("nan", "infinite", "zero", "empty"):
+            assert not v[name].any()
+            continue
+        exact = torch.complex128 if w.is_complex() else torch.float64
+        wide, direction = w.to(exact), g[name].to(exact)
+        epsilon = torch.finfo(w.dtype).eps
+        expected = 0.5 * wide.norm() * direction / direction.norm()
+        torch.testing.assert_close(v[name].to(exact), expected, rtol=8 * epsilon, atol=epsilon / 8)
+        alone = ball.steepest({name: g[name]}, KINDS)[name]
+        torch.testing.assert_close(v[name], alone, rtol=4 * epsilon, atol=epsilon / 8)
+    once = ball.project({name: 3 * s for name, s in v.items()}, KINDS)
+    for name, w in KINDS.items():
+        assert once[name].dtype == w.dtype
+        torch.testing.assert_close(once[name], v[name], rtol=8 * torch.finfo(w.dtype).eps, atol=0)
+
+
+def test_layers_keep_their_memory_layout_and_a_step_does_not_depend_on_it():
+    torch.manual_seed(0)
+    w, g = torch.randn(8, 4, 3, 3).double(), torch.randn(8, 4, 3, 3).double()
+    plain = Layerwise(0.5).steepest({"w": g}, {"w": w})["w"]
+    last = {"memory_format": torch.channels_last}
+    v = Layerwise(0.5).steepest({"w": g.contiguous(**last)}, {"w": w.contiguous(**last)})["w"]
+    assert v.is_contiguous(**last)
+    torch.testing.assert_close(v, plain, rtol=1e-14, atol=0)
+
+
+def test_the_norms_of_many_tensors_are_those_of_each():
+    tensors = [torch.randn(3, 4), torch.randn(()), torch.zeros(0, 2), torch.randn(2, 3, 2, 2), torch.tensor([1e30, 0])]
+    for order in (1, 2, math.inf):
+        expected = [x.flatten().double().norm(p=order) if x.numel() > 0 else torch.zeros(()).double() for x in tensors]
+        if order == 2:  # whose squares are beyond fp32
+            expected[-1] = torch.tensor(math.inf).double()
+        torch.testing.assert_close(norms(tensors, order).double(), torch.stack(expected), rtol=1e-6, atol=0)
+    assert norms([torch.tensor([1.0, torch.nan])], math.inf).isnan()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.half, torch.complex64,
+                                   torch.complex128, torch.int64, torch.bool])  # fmt: skip
+def test_numbers_times_0_are_0_as_bits_and_times_1_themselves(dtype):
+    x = torch.tensor([-0.0, 3.0, -7.0, 0.0] if dtype.is_floating_point or dtype.is_complex else [0, 1, 1, 0]).to(dtype)
+    if dtype.is_floating_point or dtype.is_complex:
+        x = torch.cat([x, torch.tensor([torch.nan, torch.inf, -torch.inf], dtype=dtype)])
+    for tensor in (x.clone(), x.clone()[::2], x[0].clone()):
+        numbers, kept = bits([tensor])[0], tensor.clone()
+        numbers.mul_(torch.tensor(1))
+        assert torch.equal(bits([tensor])[0], bits([kept])[0])
+        numbers.mul_(torch.tensor(0))
+        assert not tensor.any()

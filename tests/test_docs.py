@@ -56,7 +56,8 @@ def test_anchors_are_headings():
 
 NAMED = set(
     re.findall(
-        r"`((?:cifar100?-|svhn-)?(?:at|trades|mart|alp|rst|fast|free|generated)[a-z-]*)`", "".join(PAGES.values())
+        r"`((?:cifar100?-|svhn-)?(?:at|trades|mart|alp|rst|fast|free|generated|speedrun)[a-z-]*)`",
+        "".join(PAGES.values()),
     )
 )
 

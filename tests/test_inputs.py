@@ -70,6 +70,20 @@ def test_reaches_the_optimum_of_a_linear_function(ball, dual, shape):
     assert torch.allclose(f(PGD(ball, 0.05, 10, zero)(f, x)), best, atol=1e-12)
 
 
+@pytest.mark.parametrize("ball", [Linf(8 / 255), L2(0.5)], ids=repr)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_an_attack_is_its_steps_one_after_the_other_to_the_bit(ball, dtype):
+    model, (x, y) = convolutional().to(dtype).eval(), batch()
+    attack, x = PGD(ball, 0.02, 5), x.to(dtype)
+    f = AT().inner(model, x, y)
+    v = uniform(ball, x, torch.Generator().manual_seed(1))
+    for _ in range(5):
+        leaf = (x + v).requires_grad_()
+        v = attack.ahead(torch.autograd.grad(f(leaf).sum(), leaf)[0], v, x)
+        assert not v.requires_grad
+    assert torch.equal(attack(f, x, generator=torch.Generator().manual_seed(1)), x + v)
+
+
 def test_fgsm_is_one_step_of_the_radius():
     model, (x, y) = convolutional().eval(), batch()
     f = AT().inner(model, x, y)

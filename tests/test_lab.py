@@ -17,10 +17,12 @@ from saltflat import AT, L2, MART, TRADES, Box, Ellipsoid, Global, Layerwise, Li
 from saltflat.data import Images, crop_flip, to_float
 from saltflat.inputs import uniform, zero
 from saltflat.lab import adversaries, build, checkpoints, record
-from saltflat.lab.config import Awp, Data, Model, Train, as_text, checked, from_text, number, shown
-from saltflat.lab.recipes import RECIPES, described
+from saltflat.lab.climbing import Compiled
+from saltflat.lab.config import Awp, Compute, Data, Model, Train, as_text, checked, from_text, number, shown
+from saltflat.lab.precision import Cast
+from saltflat.lab.recipes import RECIPES, adversary, described
 from saltflat.neighbours.adaptive_random_wp import adaptively_drawn, by_coordinate
-from saltflat.neighbours.kaggle import along_momentum
+from saltflat.neighbours.kaggle import along_momentum, momentum
 from saltflat.neighbours.random_wp import Gaussian, drawn
 from saltflat.neighbours.robust_wp import accumulated
 from saltflat.train import Stepped, fit
@@ -138,6 +140,17 @@ BAD = {
     ),
     "attack.replays": ({"attack": {"replays": 4}, "awp": {"gamma": 0.1, "share": 0.5}}, "expected 0 with awp.share"),
     "attack.final_forward": ({"attack": {"replays": 4, "final_forward": True}}, "expected false with attack.replays"),
+    "awp.every": ({"awp": {"every": 3}}, "needs awp.gamma > 0, got 3"),
+    "awp.amortised": (
+        {"awp": {"method": "fast", "gamma": 0.1, "amortised": True}},
+        "expected awp.method awp, sam, asam, got fast",
+    ),
+    "compute.precision": ({"compute": {"precision": "fp8"}}, "'fp16', got 'fp8'"),
+    "compute.compile": (
+        {"compute": {"compile": True}, "attack": {"mode": "train"}},
+        "expected false with attack.mode train",
+    ),
+    "compute.fast": ({"compute": {"fast": True}}, "unexpected keyword argument"),
     "model.activation": ({"model": {"activation": "silu"}}, "small-cnn has relu only, got 'silu'"),
     "optimizer.nesterov": ({"optimizer": {"nesterov": True, "momentum": 0}}, "needs optimizer.momentum > 0"),
     "optimizer.swa_from": ({"optimizer": {"swa_from": 0.5, "average": 0.9}}, "expected 0 beside optimizer.average"),
@@ -150,6 +163,36 @@ def test_bad_fields_are_named_in_one_line(field):
     with pytest.raises(ValueError, match=rf"^{field}: .*{words}") as error:
         checked(tree)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("field", "awp", "more", "words"),
+    [
+        ("awp.amortised", {"gamma": 0}, {}, "needs awp.gamma > 0"),
+        ("awp.amortised", {}, {"objective": {"name": "natural"}}, "natural training has no attack"),
+        ("awp.steps", {"steps": 2}, {}, "expected 1 with awp.amortised, got 2"),
+        ("awp.step_size", {"step_size": 0.5}, {}, "expected 0 with awp.amortised, got 0.5"),
+        ("awp.alternations", {"alternations": 2}, {}, "expected 1 with awp.amortised, got 2"),
+        ("awp.share", {"share": 0.5}, {}, "expected 1 with awp.amortised, got 0.5"),
+        ("attack.replays", {}, {"attack": {"replays": 2}}, "expected 0 with awp.amortised, got 2"),
+        ("attack.final_forward", {}, {"attack": {"final_forward": True}}, "expected false with awp.amortised"),
+        ("awp.joint_mode", {"joint_mode": "outer", "amortised": False}, {}, "needs awp.amortised"),
+        ("awp.every", {"every": 2, "alternations": 2, "amortised": False}, {}, "expected 1 with awp.alternations"),
+        ("compute.compile", {"amortised": False}, {"compute": {"compile": True}, "attack": {"replays": 2}}, "replays"),
+        ("compute.precision", {"method": "arwp", "amortised": False}, {"compute": {"precision": "fp16"}}, "arwp"),
+        ("compute.precision", {"method": "robust-wp", "amortised": False}, {"compute": {"precision": "fp16"}}, "rob"),
+    ],
+)
+def test_what_does_not_go_together_is_named_in_one_line(field, awp, more, words):
+    with pytest.raises(ValueError, match=f"^{field}: .*{words}") as error:
+        checked({"awp": {"gamma": 0.01, "amortised": True, **awp}, **more})
+    assert "\n" not in str(error.value)
+
+
+def test_a_config_of_before_there_was_such_a_section_is_read():
+    tree = yaml.safe_load(as_text(Train()))
+    del tree["compute"], tree["awp"]["amortised"], tree["awp"]["joint_mode"], tree["awp"]["every"]
+    assert from_text(yaml.safe_dump(tree)) == Train()
 
 
 @pytest.mark.parametrize("text", ["[1, 2]", "a: [", "just words", ""])
@@ -311,6 +354,11 @@ WIRING = {
     "awp.alternations": (3, lambda of: of.step["alternations"] == 3),
     "awp.step_inside": (True, lambda of: of.step["step_inside"]),
     "awp.share": (0.5, lambda of: of.step["share"] == 0.5),
+    "awp.amortised": (True, lambda of: of.named == "amortised_step" and "climb" not in of.step),
+    "awp.every": (3, lambda of: of.plan.perturb_every == 3),
+    "compute.precision": ("bf16", lambda of: isinstance(of.step["objective"], Cast)),
+    "compute.compile": (True, lambda of: isinstance(of.step.get("attack_on"), Compiled)),
+    "compute.lean": (False, lambda of: "attack_on" not in of.step),
     "awp.truncated": (True, lambda of: not of.step["where"]("2.weight", of.model[2].weight)),
     "attack.norm": ("L2", lambda of: isinstance(of.attack.ball, L2) and isinstance(of.plan.measure.ball, L2)),
     "attack.eps": (0.5, lambda of: of.attack.ball.radius == of.plan.measure.ball.radius == 0.5),
@@ -392,15 +440,15 @@ class Built:
         self.climb = getattr(self.step.get("climb"), "func", self.step.get("climb"))
 
     def taken(self):
-        """The arguments that the plan's step gives to whichever function takes it."""
+        """The arguments that the plan's step gives to whichever function takes it, and which one that is."""
         self.model = nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2))
         with ExitStack() as patches:
-            called = [
-                patches.enter_context(mock.patch.object(adversaries, name))
-                for name in ("double_perturbation_step", "two_batch_step", "free_step")
-            ]
-            self.plan.step(self.model, None, None, optimizer=None, generator=None, objective=PerExample())
-        (found,) = [function.call_args.kwargs for function in called if function.called]
+            called = {
+                name: patches.enter_context(mock.patch.object(adversaries, name))
+                for name in ("double_perturbation_step", "two_batch_step", "free_step", "amortised_step")
+            }
+            self.plan.step(self.model, self.x, None, optimizer=None, generator=None, objective=PerExample())
+        ((self.named, found),) = [(name, step.call_args.kwargs) for name, step in called.items() if step.called]
         return found
 
 
@@ -419,6 +467,12 @@ def test_every_field_reaches_what_it_is_about(field):
     value, holds = WIRING[field]
     assert not holds(Built(PLAIN))
     assert holds(Built(with_field(PLAIN, field, value)))
+
+
+def test_the_joint_mode_reaches_the_amortised_step():
+    config = with_field(PLAIN, "awp.amortised", True)
+    assert Built(config).step["joint_mode"] == "attack"
+    assert Built(with_field(config, "awp.joint_mode", "outer")).step["joint_mode"] == "outer"
 
 
 @pytest.mark.parametrize(("method", "field"), [(of, field) for of, fields in OF_METHODS.items() for field in fields])
@@ -486,6 +540,7 @@ def test_input_normalisation_stands_in_the_network():
 
 FIELDS = {
     "": "recipe seed device threads keep_every",
+    "compute": "precision compile lean",
     "data": (
         "name path examples validation_examples augment padding padding_mode rotation mix mix_alpha label_smoothing"
     ),
@@ -494,7 +549,8 @@ FIELDS = {
     "objective": "name beta",
     "attack": "norm eps step_size steps start mode replays stop_on_collapse final_forward",
     "awp": (
-        "method gamma warmup steps step_size alternations step_inside share truncated c increase eta beta shrink offset"
+        "method gamma warmup steps step_size alternations step_inside share truncated amortised joint_mode every c increase eta "
+        "beta shrink offset"
     ),
     "optimizer": (
         "epochs batch_size learning_rate schedule warmup momentum nesterov weight_decay decayed average swa_from "
@@ -510,3 +566,38 @@ def test_a_config_s_fields_are_these():
     for section in list(FIELDS)[1:]:
         found[section] = " ".join(field.name for field in fields(getattr(Train(), section)))
     assert found == FIELDS
+
+
+def test_amortised_awp_has_a_name_of_its_own():
+    assert adversary(Awp(gamma=0.1)) == ("AWP", "awp")
+    assert adversary(Awp(gamma=0.1, amortised=True)) == ("amortised AWP", "awp-amortised")
+    assert adversary(Awp("sam", gamma=0.1, amortised=True)) == ("amortised SAM", "sam-amortised")
+    assert "AT + amortised AWP (gamma 0.01) on" in described(RECIPES["at-awp-amortised"])
+    every = replace(RECIPES["at-awp"], awp=Awp(gamma=0.01, every=3), compute=Compute("bf16"))
+    assert described(every).startswith("AT-AWP (gamma 0.01), every 3 steps, bf16 on")
+
+
+@pytest.mark.parametrize(("nesterov", "decayed"), [(False, "all"), (True, "weights")])
+def test_the_fused_optimiser_is_torch_s_ordinary_one_up_to_rounding(nesterov, decayed):
+    """Gradients lie in memory as weights do, channels-last; else it would add what does not belong together."""
+    config = Train(model=Model("small-resnet", width=4))
+    config = replace(config, optimizer=replace(config.optimizer, nesterov=nesterov, decayed=decayed))
+    models = [build.network(config, IMAGES).double() for _ in range(2)]
+    fused = build.optimizer(config, models[0])
+    groups = build.optimizer(config, models[1]).param_groups
+    for group in groups:
+        group |= {"fused": False, "foreach": False}
+    plain = torch.optim.SGD(groups)
+    assert all(group["fused"] for group in fused.param_groups)
+    for _ in range(4):
+        for model, optimizer in zip(models, (fused, plain), strict=True):
+            optimizer.zero_grad()
+            AT().outer(model, None, to_float(IMAGES.images).double(), IMAGES.labels).backward()
+            assert all(p.grad.stride() == p.stride() for p in model.parameters())
+            optimizer.step()
+    assert any(not p.is_contiguous() for p in models[0].parameters())
+    for one, other in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
+    found, expected = momentum(models[0], fused), momentum(models[1], plain)  # what fast AWP goes along
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-9, atol=1e-12)

@@ -1,13 +1,21 @@
 import copy
 import itertools
+import math
+from collections import Counter
 
 import pytest
 import torch
+from launches import Launches
 from networks import batch, convolutional, equal_states, state
 from oracles.proxy_awp import at_loss, proxy_step, trades_loss
-from torch import nn
+from torch import distributed, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 
 from saltflat import AT, PGD, TRADES, Layerwise, Linf, Natural, double_perturbation_step
+from saltflat.balls import bits
+from saltflat.step import dropping
 
 ATTACK = PGD(Linf(8 / 255), 2 / 255, 4)
 
@@ -199,3 +207,132 @@ def test_refuses_what_has_no_meaning():
             continue
         with pytest.raises(ValueError, match="alternations"):
             double_perturbation_step(model, x, y, ball=ball, alternations=alternations, **arguments)
+
+
+class Noting:
+    """Gives a copy of the model to climb on, and notes what the model was like."""
+
+    def __init__(self):
+        self.asked, self.forwards = [], 0
+
+    def __call__(self, model):
+        self.asked.append((model.training, {name: p.detach().clone() for name, p in model.named_parameters()}))
+        other = copy.deepcopy(model)
+        other._forward_hooks.clear()  # those of the model
+
+        def count(*_):
+            self.forwards += 1
+
+        other.register_forward_hook(count)
+        return other
+
+
+@pytest.mark.parametrize("attack_mode", ["eval", "train"])
+@pytest.mark.parametrize("alternations", [1, 2])
+def test_attacks_climb_on_what_is_made_of_the_model_as_it_stands(attack_mode, alternations):
+    ours, (x, y) = convolutional().train(), batch()
+    theirs, twin, recording, forwards = copy.deepcopy(ours), Noting(), Recording(AT()), []
+    ours.register_forward_hook(lambda *_: forwards.append(1))
+    steps = [
+        double_perturbation_step(
+            model, x, y, objective=objective, attack=ATTACK, ball=Layerwise(0.05), optimizer=optimizer_of(model, 0),
+            attack_mode=attack_mode, alternations=alternations, generator=torch.Generator().manual_seed(7), **more,
+        )
+        for model, objective, more in ((ours, recording, {"attack_on": twin}), (theirs, AT(), {}))
+    ]  # fmt: skip
+    assert twin.forwards == alternations * ATTACK.steps
+    assert len(forwards) == alternations + 1  # and none of the attack
+    assert torch.equal(steps[0].x_adv, steps[1].x_adv)
+    assert all(torch.equal(one, other) for one, other in zip(ours.parameters(), theirs.parameters(), strict=True))
+    assert [training for training, _ in twin.asked] == alternations * [attack_mode == "train"]
+    for (_, weights), stood in zip(twin.asked, recording.seen, strict=False):  # w, and then w + v
+        assert equal_states(weights, stood)
+    assert alternations == 1 or not torch.equal(twin.asked[0][1]["0.weight"], twin.asked[1][1]["0.weight"])
+
+
+class Several(nn.Module):
+    """Gradients and buffers of several types, one of them sparse and one without numbers, and two that overlap."""
+
+    def __init__(self):
+        super().__init__()
+        self.words, self.wide, self.narrow = nn.Embedding(6, 4, sparse=True), nn.Linear(4, 3).double(), nn.Linear(3, 2)
+        self.narrow.bfloat16()
+        self.turn, self.nothing = nn.Parameter(torch.randn(3, dtype=torch.complex128)), nn.Parameter(torch.zeros(0, 3))
+        self.norm = nn.BatchNorm1d(4)
+        self.register_buffer("flag", torch.tensor(True))
+        self.register_buffer("whole", torch.tensor([1.0, -0.0, 3.0]))
+        self.register_buffer("part", self.whole[1:])
+        self.register_buffer("cache", torch.zeros(1))
+
+    def forward(self, ids, poison):
+        self.flag.logical_not_()
+        self.whole.mul_(poison)
+        self.cache = torch.cat([self.cache, self.cache])
+        turned = (self.wide(self.norm(self.words(ids) * poison).double()) * self.turn).real
+        return self.narrow(turned.bfloat16()).float().sum() + self.nothing.sum()
+
+
+@pytest.mark.parametrize("poison", [torch.nan, torch.inf, 0.0, 1.0])
+def test_gradients_and_buffers_of_every_type_are_dropped_or_left_to_the_bit(poison):
+    torch.manual_seed(0)
+    model, ids = Several(), torch.tensor([1, 2, 2])
+    before = state(model)
+    drop = dropping(model, torch.optim.SGD(model.parameters()))
+    model(ids, poison).backward()
+    after, gradients = state(model), {name: p.grad.clone() for name, p in model.named_parameters()}
+    bad = drop()
+    assert bad == (not math.isfinite(poison))
+    for name, parameter in model.named_parameters():
+        found, was = parameter.grad.to_dense(), gradients[name].to_dense()
+        assert not found.any() if bad else torch.equal(found, was), name
+    expected = before if bad else after
+    for name, buffer in model.named_buffers():
+        expected_bits, found_bits = bits([after["cache"] if name == "cache" else expected[name], buffer])
+        assert torch.equal(found_bits, expected_bits), name
+
+
+def test_dropping_launches_no_more_for_a_deeper_network():
+    def launches(depth):
+        model = nn.Sequential(*[nn.Sequential(nn.Conv2d(2, 2, 1), nn.BatchNorm2d(2)) for _ in range(depth)])
+        optimizer = torch.optim.SGD(model.parameters())
+        model(torch.rand(3, 2, 2, 2)).sum().backward()
+        with Launches() as found:
+            dropping(model, optimizer)()
+        return found.counts
+
+    few, many = launches(2), launches(20)
+    assert many - few == Counter({"abs": 18 * 4, "amax": 18 * 4})  # the largest number of a gradient, on CPUs
+    assert sum(few.values()) - few["abs"] - few["amax"] < 30
+
+
+def test_a_step_without_any_gradient_drops_nothing():
+    model = nn.Linear(2, 2)
+    assert dropping(model, torch.optim.SGD(model.parameters()))() == 0
+
+
+@pytest.fixture
+def mesh():
+    """Of this one process."""
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("poison", [1.0, torch.nan])
+@pytest.mark.parametrize("inside", [False, True])
+def test_sharded_weights_take_the_step_of_whole_ones(mesh, poison, inside):
+    torch.manual_seed(0)
+    whole = convolutional().train()
+    sharded, (x, y), found = copy.deepcopy(whole), batch(), []
+    fully_shard(sharded, mesh=mesh)
+    for model in (whole, sharded):
+        step = double_perturbation_step(
+            model, x * poison, y, objective=AT(), attack=None, ball=Layerwise(0.05),
+            optimizer=optimizer_of(model, 5e-4), step_inside=inside,
+        )  # fmt: skip
+        found.append((model.state_dict(), int(step.dropped), int(step.skipped), step.perturbed_loss.item()))
+    assert found[0][1:3] == found[1][1:3] == ((0, 0) if poison == 1 else (1, 3))
+    assert poison != 1 or found[0][3] == pytest.approx(found[1][3], rel=1e-12)
+    for name, tensor in found[1][0].items():
+        tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        torch.testing.assert_close(tensor, found[0][0][name], rtol=1e-12, atol=1e-15)

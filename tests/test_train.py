@@ -7,7 +7,7 @@ from networks import equal_states, state
 from torch import nn
 
 from examples.plain_loop import train as plain_loop
-from saltflat import AT, PGD, TRADES, Layerwise, Linf
+from saltflat import AT, PGD, TRADES, Layerwise, Linf, double_perturbation_step
 from saltflat.averaging import ema
 from saltflat.data import crop_flip, digits, stratified_subset
 from saltflat.evaluation import outcomes
@@ -205,6 +205,25 @@ def test_weights_come_from_the_objective_of_their_time(data):
         replace(PLAN, epochs=1, objective=objective, attack=lambda t: replace(ATTACK, ball=Linf(0.1 * t))),
     )
     assert seen == [0.0, 1 / 3, 2 / 3]
+
+
+def test_the_weights_are_perturbed_in_every_so_many_th_step_of_training(data):
+    """Counted from the first of all, over the ends of epochs (three steps each) and of interruptions."""
+    seen, kept = [], []
+
+    def step(*args, ball, **given):
+        seen.append(ball is not None)
+        return double_perturbation_step(*args, ball=ball, **given)
+
+    plan = replace(PLAN, perturb_every=2, step=step)
+    for event in fit(model := network(), *data, plan, sgd(model)):
+        kept += [copy.deepcopy(event.state)] if isinstance(event, Epoch) else []
+    assert seen == [True, False] * 4 + [True]
+    seen.clear()
+    list(fit(model := network(), *data, plan, sgd(model), state=kept[0]))
+    assert seen == [False, True] * 3
+    with pytest.raises(ValueError, match="perturb_every: expected an integer >= 1, got 0"):
+        replace(PLAN, perturb_every=0)
 
 
 def test_averages_are_what_is_measured_and_kept(data):

@@ -1,14 +1,17 @@
 """What `perturbed` and `displaced` give back: weights, gradients and buffers, to the bit, on every way out."""
 
 import gc
+from collections import Counter
 
 import pytest
 import torch
+from launches import Launches
 from networks import batch, convolutional, equal_states, state
 from torch import nn
 
 from saltflat import AT, Filterwise, Global, Layerwise, displaced, gradient, perturbed
-from saltflat.weights import _surely
+from saltflat.models import preact_resnet18
+from saltflat.weights import _finally
 
 
 def closure(model, objective=None, seed=0):
@@ -219,8 +222,8 @@ def test_what_is_being_put_back_is_put_back_despite_an_interrupt():
                 raise KeyboardInterrupt
             done.append(part)
 
-    with pytest.raises(KeyboardInterrupt):
-        _surely(put_back)
+    with pytest.raises(KeyboardInterrupt), _finally(put_back):
+        pass
     assert done == [0, 0, 1, 2]
 
 
@@ -277,3 +280,73 @@ def test_displaced_holds_exactly_w_plus_v_and_refuses_strange_names():
     assert equal_states(state(model), before)
     with pytest.raises(KeyError), displaced(model, {"nothing": torch.zeros(1)}):
         pass
+
+
+def test_a_network_of_several_types_is_perturbed_and_comes_back_whole():
+    """Types, layouts, a sparse gradient, a parameter without numbers: what torch does not take in one go."""
+
+    class Mixed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.words = nn.Embedding(6, 4, sparse=True)
+            self.convolution = nn.Conv2d(1, 2, 2).to(memory_format=torch.channels_last)
+            self.wide, self.narrow = nn.Linear(6, 3).double(), nn.Linear(3, 2).bfloat16()
+            self.nothing = nn.Parameter(torch.zeros(0, 3))
+            self.register_buffer("flags", torch.tensor([True, False]))
+            self.register_buffer("calls", torch.tensor(0))
+
+        def forward(self, ids):
+            self.calls += 1
+            self.flags.logical_not_()
+            rows = self.words(ids)
+            maps = self.convolution(rows.view(-1, 1, 2, 2)).flatten(1)
+            return self.narrow(self.wide(torch.cat([rows, maps], 1).double()).bfloat16()).float() + self.nothing.sum()
+
+    torch.manual_seed(0)
+    model, ids = Mixed(), torch.tensor([1, 2, 2])
+    loss = lambda: model(ids).square().sum()
+    loss().backward()
+    before, grads = state(model), {name: (p.grad, p.grad.clone()) for name, p in model.named_parameters()}
+    for inside in (False, True):
+        with perturbed(model, loss, Layerwise(0.1), steps=2, step_inside=inside) as ascent:
+            found = ascent.displacement
+            assert not torch.equal(model.words.weight, before["words.weight"])
+            assert torch.equal(model.calls, before["calls"])
+        assert equal_states(state(model), before)
+        assert ascent.skipped == 2  # the one without numbers, in both steps
+    for name, v in found.items():
+        assert v.dtype == before[name].dtype
+        assert v.numel() == 0 or 0.01 < v.double().norm() / before[name].double().norm() < 0.11, name
+    for name, parameter in model.named_parameters():
+        grad, content = grads[name]
+        assert parameter.grad is grad
+        assert torch.equal(grad.to_dense(), content.to_dense())
+
+
+def test_weights_that_are_not_finite_come_back_as_they_were():
+    model = nn.Linear(3, 2)
+    with torch.no_grad():
+        model.weight[0, 0], model.weight[1, 1] = torch.inf, torch.nan
+    bits = model.weight.detach().clone().view(torch.int32)
+    with perturbed(model, lambda: model(torch.ones(1, 3)).sum(), Layerwise(0.1)):
+        pass
+    assert torch.equal(model.weight.detach().view(torch.int32), bits)
+
+
+def launches(model):
+    """Of a climb along a gradient at hand, and of giving w back."""
+    g = {name: torch.randn_like(p) for name, p in model.named_parameters() if p.ndim > 1}
+    with Launches() as found:
+        with perturbed(model, g, Layerwise(5e-3)):
+            pass
+    return found.counts
+
+
+def test_perturbing_and_restoring_launch_no_more_for_a_deeper_network():
+    def network(depth):
+        return nn.Sequential(*[nn.Conv2d(2, 2, 1) for _ in range(depth)])
+
+    few, many = (launches(network(depth)) for depth in (2, 20))
+    of_each = Counter({"abs": 1, "amax": 1})  # the largest number of a tensor, on CPUs
+    assert many - few == Counter({name: 18 * times for name, times in of_each.items()})
+    assert sum(launches(preact_resnet18(10)).values()) < 100

@@ -24,7 +24,7 @@ Sources: Madry et al., arXiv 1706.06083 (Linf, L2); Croce, Hein, arXiv 2103.0120
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
@@ -37,15 +37,18 @@ Weights = Mapping[str, Tensor]
 Range = tuple[float, float] | None
 
 
-class InputBall(Protocol):
-    """What `PGD` needs to know of a ball around a batch of inputs. A frozen dataclass with `radius` as its first
-    field.
-    """
+class Ball(Protocol):
+    """What every ball is: a frozen dataclass with `radius` as its first field."""
 
     __dataclass_fields__: ClassVar[dict[str, Any]]
 
     @property
     def radius(self) -> float: ...
+
+
+class InputBall(Ball, Protocol):
+    """What `PGD` needs to know of a ball around a batch of inputs."""
+
     @property
     def box(self) -> Range: ...
     def steepest(self, gradient: Tensor, centre: Tensor) -> Tensor: ...
@@ -53,16 +56,27 @@ class InputBall(Protocol):
     def sample(self, centre: Tensor, generator: Generator = None, surface: bool = False) -> Tensor: ...
 
 
-class WeightBall(Protocol):
-    """What `perturbed` needs to know of a ball around weights. A frozen dataclass with `radius` as its first field."""
+class WeightBall(Ball, Protocol):
+    """What `perturbed` needs to know of a ball around weights."""
 
-    __dataclass_fields__: ClassVar[dict[str, Any]]
-
-    @property
-    def radius(self) -> float: ...
     def steepest(self, gradient: Weights, centre: Weights) -> dict[str, Tensor]: ...
     def project(self, displacement: Weights, centre: Weights) -> dict[str, Tensor]: ...
     def sample(self, centre: Weights, generator: Generator = None, surface: bool = False) -> dict[str, Tensor]: ...
+
+
+def check_radius(radius: float, name: str = "radius") -> None:
+    """ValueError for a radius that is none."""
+    if not 0 <= radius < math.inf:
+        raise ValueError(f"{name}: expected a finite number >= 0, got {radius!r}")
+
+
+def _checked(ball: Any) -> None:
+    """What a ball is made of: its radius, and its offset or its box if it has one."""
+    check_radius(ball.radius)
+    check_radius(getattr(ball, "offset", 0.0), "offset")
+    box = getattr(ball, "box", None)
+    if box is not None and not box[0] < box[1]:
+        raise ValueError(f"box: expected (low, high) with low < high, or None, got {box!r}")
 
 
 @dataclass(frozen=True)
@@ -84,8 +98,7 @@ class Linf:
     box: Range = (0.0, 1.0)
 
     def __post_init__(self) -> None:
-        check_radius(self.radius)
-        _check_box(self.box)
+        _checked(self)
 
     def steepest(self, gradient: Tensor, centre: Tensor) -> Tensor:
         """radius * sign(g)."""
@@ -123,8 +136,7 @@ class L2:
     box: Range = (0.0, 1.0)
 
     def __post_init__(self) -> None:
-        check_radius(self.radius)
-        _check_box(self.box)
+        _checked(self)
 
     def steepest(self, gradient: Tensor, centre: Tensor) -> Tensor:
         """radius * g / ‖g‖_2."""
@@ -163,8 +175,7 @@ class L1:
     box: Range = (0.0, 1.0)
 
     def __post_init__(self) -> None:
-        check_radius(self.radius)
-        _check_box(self.box)
+        _checked(self)
 
     def steepest(self, gradient: Tensor, centre: Tensor) -> Tensor:
         """radius * sign(g_j) at the first j with the largest |g_j|, 0 elsewhere."""
@@ -207,19 +218,28 @@ class Layerwise:
     radius: float
 
     def __post_init__(self) -> None:
-        check_radius(self.radius)
+        _checked(self)
 
     def steepest(self, gradient: Weights, centre: Weights) -> dict[str, Tensor]:
         """v_l = radius * ‖w_l‖ * g_l / ‖g_l‖."""
-        return _relative_steepest(_whole, self.radius, gradient, centre)
+        v = _units([*gradient.values()])
+        torch._foreach_mul_(v, _each(self._limits(gradient, centre), v))
+        return dict(zip(gradient, v, strict=True))
 
     def project(self, displacement: Weights, centre: Weights) -> dict[str, Tensor]:
         """Scale each tensor to its radius."""
-        return _relative_projection(_whole, self.radius, displacement, centre)
+        v, limits = [*displacement.values()], self._limits(displacement, centre)
+        factors = torch.where((lengths := norms(v)) > limits, limits / lengths, 1)
+        return dict(zip(displacement, torch._foreach_mul(v, _each(factors, v)), strict=True))
 
     def sample(self, centre: Weights, generator: Generator = None, surface: bool = False) -> dict[str, Tensor]:
         """Uniform in (or on) each tensor's own ball."""
-        return _relative_sample(_whole, self.radius, centre, generator, surface)
+        found = [_sample_rows(w.reshape(1, -1), generator, surface).reshape(w.shape) for w in centre.values()]
+        torch._foreach_mul_(found, _each(self._limits(centre, centre), found))
+        return dict(zip(centre, found, strict=True))
+
+    def _limits(self, like: Weights, centre: Weights) -> Tensor:
+        return self.radius * norms([centre[name] for name in like])
 
 
 @dataclass(frozen=True)
@@ -241,19 +261,23 @@ class Filterwise:
     radius: float
 
     def __post_init__(self) -> None:
-        check_radius(self.radius)
+        _checked(self)
 
     def steepest(self, gradient: Weights, centre: Weights) -> dict[str, Tensor]:
         """v_lj = radius * ‖w_lj‖ * g_lj / ‖g_lj‖."""
-        return _relative_steepest(_rows, self.radius, gradient, centre)
+        return {name: (_unit(_rows(g)) * self._limit(centre[name])).reshape(g.shape) for name, g in gradient.items()}
 
     def project(self, displacement: Weights, centre: Weights) -> dict[str, Tensor]:
         """Scale each filter to its radius."""
-        return _relative_projection(_rows, self.radius, displacement, centre)
+        return {name: _shrink(_rows(v), self._limit(centre[name])).reshape(v.shape) for name, v in displacement.items()}
 
     def sample(self, centre: Weights, generator: Generator = None, surface: bool = False) -> dict[str, Tensor]:
         """Uniform in (or on) each filter's own ball."""
-        return _relative_sample(_rows, self.radius, centre, generator, surface)
+        units = {name: _sample_rows(_rows(w), generator, surface) for name, w in centre.items()}
+        return {name: (units[name] * self._limit(w)).reshape(w.shape) for name, w in centre.items()}
+
+    def _limit(self, w: Tensor) -> Tensor:
+        return self.radius * _norm(_rows(w))
 
 
 @dataclass(frozen=True)
@@ -271,7 +295,7 @@ class Global:
     relative: bool = False
 
     def __post_init__(self) -> None:
-        check_radius(self.radius)
+        _checked(self)
 
     def steepest(self, gradient: Weights, centre: Weights) -> dict[str, Tensor]:
         """v = radius * g / ‖g‖_2."""
@@ -307,8 +331,7 @@ class Ellipsoid:
     offset: float = 0.0
 
     def __post_init__(self) -> None:
-        check_radius(self.radius)
-        check_radius(self.offset, "offset")
+        _checked(self)
 
     def steepest(self, gradient: Weights, centre: Weights) -> dict[str, Tensor]:
         """v = radius * c^2 g / ‖c g‖_2."""
@@ -350,8 +373,7 @@ class Box:
     offset: float = 0.0
 
     def __post_init__(self) -> None:
-        check_radius(self.radius)
-        check_radius(self.offset, "offset")
+        _checked(self)
 
     def steepest(self, gradient: Weights, centre: Weights) -> dict[str, Tensor]:
         """v_i = radius * (|w_i| + offset) * sign(g_i)."""
@@ -373,30 +395,47 @@ class Box:
         return self.radius * _sizes(like, centre, self.offset)
 
 
-# Balls relative to the centre: `cut` makes a matrix of a tensor, whose rows have radii of their own, radius * ‖w_row‖.
-
-Cut = Callable[[Tensor], Tensor]
+# Tensors with a radius each, all at once, since on a GPU small ones cost what their launches cost.
 
 
-def _relative_steepest(cut: Cut, radius: float, gradient: Weights, centre: Weights) -> dict[str, Tensor]:
-    return {
-        name: (_unit(cut(g)) * (radius * _norm(cut(centre[name])))).reshape(g.shape) for name, g in gradient.items()
-    }
+def norms(tensors: Sequence[Tensor], order: float = 2) -> Tensor:
+    """The norm of every tensor, (L,); 0 for one without numbers.
+
+    >>> norms([torch.tensor([[3.0, -4.0]]), torch.tensor(2.0)])
+    tensor([5., 2.])
+    """
+    filled = [tensor if tensor.numel() > 0 else tensor.new_zeros(1) for tensor in tensors]
+    scalar = order == math.inf and filled[0].is_cpu  # where torch's norm looks at one number at a time
+    return torch.stack([t.abs().amax() for t in filled] if scalar else [*torch._foreach_norm(filled, order)])
 
 
-def _relative_projection(cut: Cut, radius: float, displacement: Weights, centre: Weights) -> dict[str, Tensor]:
-    return {
-        name: _shrink(cut(v), radius * _norm(cut(centre[name]))).reshape(v.shape) for name, v in displacement.items()
-    }
+def bits(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """Views of the numbers as integers of their size: times 0 they are 0, where NaN times 0 is NaN.
+
+    >>> x = torch.tensor([1.0, torch.nan])
+    >>> _ = torch._foreach_mul_(bits([x]), torch.tensor(0))
+    >>> x
+    tensor([0., 0.])
+    """
+    integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    real = (torch.view_as_real(tensor) if tensor.is_complex() else tensor for tensor in tensors)
+    return [tensor.view(integers[tensor.itemsize]) for tensor in real]
 
 
-def _relative_sample(
-    cut: Cut, radius: float, centre: Weights, generator: Generator, surface: bool
-) -> dict[str, Tensor]:
-    return {
-        name: (_sample_rows(cut(w), generator, surface) * (radius * _norm(cut(w)))).reshape(w.shape)
-        for name, w in centre.items()
-    }
+def _units(tensors: list[Tensor]) -> list[Tensor]:
+    """Each tensor divided by its norm; 0 where it is zero or not finite."""
+    largest = norms(tensors, math.inf)
+    usable = (largest > 0) & (largest < math.inf)  # false for NaN, too
+    scaled = [*torch._foreach_div(tensors, _each(largest, tensors))]  # first, as in `_unit`
+    torch._foreach_div_(scaled, _each(norms(scaled), scaled))
+    numbers = bits(scaled)
+    torch._foreach_mul_(numbers, _each(usable.to(numbers[0].dtype), numbers))
+    return scaled
+
+
+def _each(values: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
+    """A number for every tensor, in its type."""
+    return [value.to(tensor.dtype) for value, tensor in zip(values, tensors, strict=True)]
 
 
 # Below, every norm is taken over the second dimension of a matrix: a row is whatever has a radius of its own.
@@ -406,10 +445,6 @@ def _rows(tensor: Tensor) -> Tensor:
     return tensor.reshape(len(tensor), math.prod(tensor.shape[1:]))
 
 
-def _whole(tensor: Tensor) -> Tensor:
-    return tensor.reshape(1, -1)
-
-
 def _joined(tensors: Weights) -> Tensor:
     if not tensors:
         raise ValueError("weights: expected at least one tensor, got none")
@@ -417,7 +452,7 @@ def _joined(tensors: Weights) -> Tensor:
 
 
 def _sizes(like: Weights, centre: Weights, offset: float) -> Tensor:
-    return _joined({name: centre[name].abs() + offset for name in like})
+    return _joined({name: centre[name] for name in like}).abs() + offset
 
 
 def _split(row: Tensor, like: Weights) -> dict[str, Tensor]:
@@ -475,14 +510,3 @@ def _spread(directions: Tensor, generator: Generator, surface: bool, dimensions:
 
 def _clamp_to_box(displacement: Tensor, centre: Tensor, box: Range) -> Tensor:
     return displacement if box is None else displacement.clamp(box[0] - centre, box[1] - centre)
-
-
-def check_radius(radius: float, name: str = "radius") -> None:
-    """ValueError for a radius that is none."""
-    if not 0 <= radius < math.inf:
-        raise ValueError(f"{name}: expected a finite number >= 0, got {radius!r}")
-
-
-def _check_box(box: Range) -> None:
-    if box is not None and not box[0] < box[1]:
-        raise ValueError(f"box: expected (low, high) with low < high, or None, got {box!r}")

@@ -45,11 +45,7 @@ def gaussian(std: float) -> Start:
     """Start at x + std * N(0, 1), as TRADES does with std = 1e-3: not projected, so the first gradient may be taken a
     hair outside the box.
     """
-
-    def draw(ball: InputBall, x: Tensor, generator: Generator = None) -> Tensor:
-        return std * normal(x, generator)
-
-    return draw
+    return lambda ball, x, generator: std * normal(x, generator)
 
 
 @dataclass(frozen=True)
@@ -97,26 +93,36 @@ class PGD:
         Returns: x_adv (N, ...), detached, in the ball and in the box. Changes nothing but the generator, and buffers
             if f's model is in train mode.
         """
-        ball, step = self.ball, replace(self.ball, radius=self.step_size)
+        check_inputs(self.ball, x)
         x = x.detach()
-        if not x.is_floating_point():
-            raise ValueError(f"x: expected floating point numbers, got {x.dtype}")
-        if x.device.type == "cpu" and ball.box is not None and x.numel() > 0 and _outside(x, *ball.box):
-            raise ValueError(f"x: expected numbers in the ball's box {ball.box}, got {x.min():g} to {x.max():g}")
-        v = self.start(ball, x, generator) if start is None else start.detach() - x
+        v = self.start(self.ball, x, generator) if start is None else start.detach() - x
         x_adv = x + v if start is None else start.detach()
         for _ in range(self.steps):
             with torch.enable_grad():
-                x_adv.requires_grad_()
-                (gradient,) = torch.autograd.grad(f(x_adv).sum(), x_adv)
-            v = ball.project(v + step.steepest(gradient, x), x)
+                (gradient,) = torch.autograd.grad(f(x_adv.requires_grad_()).sum(), x_adv)
+            v = self.ahead(gradient, v, x)
             x_adv = x + v
         return x_adv
 
+    def ahead(self, gradient: Tensor, v: Tensor, x: Tensor) -> Tensor:
+        """One step, P(v + s(eta, g)): the next displacement from x, after v. All are (N, ...); nothing is changed.
 
-def _outside(x: Tensor, low: float, high: float) -> bool:
-    smallest, largest = x.aminmax()  # NaN if any is
-    return bool((smallest < low) | (largest > high))
+        >>> from saltflat import Linf
+        >>> x, v, gradient = torch.full((1, 2), 0.5), torch.zeros(1, 2), torch.tensor([[3.0, -0.1]])
+        >>> PGD(Linf(0.25), step_size=0.125, steps=1).ahead(gradient, v, x)
+        tensor([[ 0.1250, -0.1250]])
+        """
+        return self.ball.project(v + replace(self.ball, radius=self.step_size).steepest(gradient, x), x)
+
+
+def check_inputs(ball: InputBall, x: Tensor) -> None:
+    """ValueError for a batch of integers, or one outside the ball's box, which is looked at on the CPU only."""
+    if not x.is_floating_point():
+        raise ValueError(f"x: expected floating point numbers, got {x.dtype}")
+    if x.device.type == "cpu" and ball.box is not None and x.numel() > 0:
+        low, high = x.detach().aminmax()  # NaN if any is
+        if low < ball.box[0] or high > ball.box[1]:
+            raise ValueError(f"x: expected numbers in the ball's box {ball.box}, got {low:g} to {high:g}")
 
 
 def FGSM(ball: InputBall) -> PGD:

@@ -45,7 +45,7 @@ class Objective(Protocol):
     sake).
     """
 
-    def inner(self, model: nn.Module, x: Tensor, y: Tensor) -> Value: ...
+    def inner(self, model: Any, x: Tensor, y: Tensor) -> Value: ...
     def outer(self, model: nn.Module, x: Any, x_adv: Any, y: Tensor) -> Tensor: ...
 
 
@@ -61,7 +61,7 @@ def ce(logits: Tensor, y: Tensor) -> Tensor:
     >>> ce(torch.zeros(1, 4), torch.tensor([2]))
     tensor([1.3863])
     """
-    return F.cross_entropy(raised(logits), y if _hard(y) else y.to(raised(logits).dtype), reduction="none")
+    return F.cross_entropy(raised(logits), y if y.ndim == 1 else y.to(raised(logits).dtype), reduction="none")
 
 
 def kl(p_logits: Tensor, q_logits: Tensor) -> Tensor:
@@ -204,13 +204,9 @@ def raised(logits: Tensor) -> Tensor:
     return logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
 
 
-def _hard(y: Tensor) -> bool:
-    return y.ndim == 1
-
-
 def classes(y: Tensor, who: str) -> Tensor:
     """y, if it is (N,); ValueError in the name of `who` for probabilities."""
-    if not _hard(y):
+    if y.ndim != 1:
         raise ValueError(f"y: {who} needs classes of shape (N,), got probabilities of shape {tuple(y.shape)}")
     return y
 

@@ -24,14 +24,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from saltflat.balls import Weights
+from saltflat.balls import Weights, bits, norms
 from saltflat.inputs import InputAdversary
 from saltflat.objectives import Objective
 from saltflat.random import Generator
-from saltflat.weights import Ascent, Where, displaced, perturbed
+from saltflat.weights import Ascent, Where, alike, copies, displaced, perturbed
 
 Mode = Literal["eval", "train"]
 Climb = Callable[..., AbstractContextManager[Ascent]]  # a function that is called like `perturbed`
+
+
+def itself(model: nn.Module) -> Callable[[Any], Tensor]:
+    """What an attack climbs on, unless it is told otherwise."""
+    return model
 
 
 class Radius(Protocol):
@@ -74,6 +79,7 @@ def double_perturbation_step(
     climbed: Callable[[nn.Module, Any, Any, Tensor], Tensor] | None = None,
     share: float = 1.0,
     attack_mode: Mode = "eval",
+    attack_on: Callable[[nn.Module], Callable[[Any], Tensor]] = itself,
     steps: int = 1,
     step_size: float | None = None,
     alternations: int = 1,
@@ -97,6 +103,10 @@ def double_perturbation_step(
             ascent. Below 1, one forward and backward more, also where the climb has been at w: dropout draws anew.
         attack_mode: "eval", the attack sees running BatchNorm statistics and changes none; "train", batch statistics,
             and its forwards update the running ones, as in the official AT code.
+        attack_on: makes what the attack climbs on of the model, as it stands at the beginning of every attack: in its
+            mode, and at its weights, w + v from the second of A attacks on. Something that gives the logits, or nearly,
+            and can be differentiated in x; by default the model itself. In attack mode "train", running statistics see
+            what it does to the model's.
         steps, step_size: K2 and eta_2 of the weight ascent, as in `perturbed`.
         alternations: A; each goes on from where both adversaries stand.
         step_inside: the optimiser steps at w + v, as in `perturbed`.
@@ -125,12 +135,9 @@ def double_perturbation_step(
         raise ValueError(f"share: expected a number in [0, 1], got {share!r}")
     if share < 1 and step_inside:
         raise ValueError(f"share: expected 1 with step_inside, since the rest is taken at w, got {share!r}")
-    if ball is not None and (ball.radius == 0 or share == 0):
-        ball = None
+    ball = ball if ball is not None and ball.radius > 0 and share > 0 else None
     if ball is None and alternations > 1:
-        raise ValueError(
-            f"alternations: with no weight adversary there is nothing to alternate with, got {alternations!r}"
-        )
+        raise ValueError(f"alternations: expected 1 without a weight adversary, got {alternations!r}")
     climb = climb if where is None else partial(climb, where=where)
     drop = dropping(model, optimizer)
     optimizer.zero_grad()
@@ -139,7 +146,7 @@ def double_perturbation_step(
         if attack is None:
             return x
         with in_mode(model, attack_mode), displaced(model, v):
-            return attack(objective.inner(model, x, y), x, start=x_adv, generator=generator)
+            return attack(objective.inner(attack_on(model), x, y), x, start=x_adv, generator=generator)
 
     def loss() -> Tensor:
         return objective.outer(model, x, x_adv, y)
@@ -156,12 +163,11 @@ def double_perturbation_step(
         return Step(value.detach(), value.detach(), x_adv, torch.zeros_like(dropped), dropped)
 
     v: Weights = {}
-    losses, skipped = [], []
+    climbs: list[Ascent] = []
     for _ in range(alternations - 1):
         with climb(model, height, ball, steps=steps, step_size=step_size, start=v) as ascent:
             v = ascent.displacement
-        losses.append(ascent.value)
-        skipped.append(ascent.skipped)
+        climbs.append(ascent)
         x_adv = attacked(v, x_adv)
 
     with climb(model, height, ball, steps=steps, step_size=step_size, start=v, step_inside=step_inside) as ascent:
@@ -173,16 +179,15 @@ def double_perturbation_step(
             optimizer.step()
     if not step_inside:
         if share < 1:
-            for parameter in model.parameters():
-                if parameter.grad is not None:
-                    parameter.grad.mul_(share)
+            torch._foreach_mul_([p.grad for p in model.parameters() if p.grad is not None], share)
             rest = loss()
             ((1 - share) * rest).backward()  # type: ignore[no-untyped-call]
         dropped = drop()
         optimizer.step()
-    at_w = ([*losses, ascent.value] if climbed is None else []) + ([rest.detach()] if share < 1 else [])
+    climbs.append(ascent)
+    at_w = [done.value for done in climbs if climbed is None] + ([rest.detach()] if share < 1 else [])
     first = next((found for found in at_w if found is not None), value.detach())
-    return Step(first, value.detach(), x_adv, torch.stack([*skipped, ascent.skipped]).sum(), dropped)
+    return Step(first, value.detach(), x_adv, torch.stack([done.skipped for done in climbs]).sum(), dropped)
 
 
 def dropping(model: nn.Module, optimizer: torch.optim.Optimizer) -> Callable[[], Tensor]:
@@ -200,14 +205,12 @@ def dropping(model: nn.Module, optimizer: torch.optim.Optimizer) -> Callable[[],
 
     @torch.no_grad()
     def drop() -> Tensor:
-        trained = dict.fromkeys(
-            [*model.parameters(), *(p for group in optimizer.param_groups for p in group["params"])]
-        )
-        found = [p.grad._values() if p.grad.is_sparse else p.grad for p in trained if p.grad is not None]
-        gradients = [gradient for gradient in found if gradient.numel() > 0]
-        bad = ~torch.nn.utils.get_total_norm(gradients, math.inf).isfinite()
-        for gradient in gradients:
-            gradient.masked_fill_(bad, 0)
+        given = dict.fromkeys([*model.parameters(), *(p for group in optimizer.param_groups for p in group["params"])])
+        gradients = [p.grad._values() if p.grad.is_sparse else p.grad for p in given if p.grad is not None]
+        finite = norms(gradients or [torch.zeros(1)], math.inf).isfinite().all()
+        bad = ~(finite.full_tensor() if hasattr(finite, "full_tensor") else finite)  # a DTensor's: of all shards
+        for (numbers,) in alike(bits(gradients)):
+            torch._foreach_mul_(numbers, (~bad).to(numbers[0].dtype))
         undo(bad)
         return bad.long()
 
@@ -216,13 +219,17 @@ def dropping(model: nn.Module, optimizer: torch.optim.Optimizer) -> Callable[[],
 
 def undoing(model: nn.Module) -> Callable[[Tensor], None]:
     """Takes the buffers as they are; what comes back puts them back, if it is given a true tensor, on the device."""
-    kept = {name: buffer.clone() for name, buffer in model.named_buffers() if not is_lazy(buffer)}
+    found = {name: buffer for name, buffer in model.named_buffers() if not is_lazy(buffer)}
+    kept = dict(zip(found, copies([*found.values()]), strict=True))
 
     @torch.no_grad()
     def undo(condition: Tensor) -> None:
-        for name, buffer in model.named_buffers():
-            if name in kept and kept[name].shape == buffer.shape:  # a cache that grew stays as it is
-                buffer.copy_(kept[name].where(condition, buffer))
+        # a cache that grew stays as it is
+        now = {name: found for name, found in model.named_buffers() if name in kept and found.shape == kept[name].shape}
+        for numbers, before in alike(bits(now.values()), bits(kept[name] for name in now)):
+            back = [*torch._foreach_sub(before, numbers)]
+            torch._foreach_mul_(back, condition.to(back[0].dtype))
+            torch._foreach_copy_(numbers, torch._foreach_add(numbers, back))
 
     return undo
 

@@ -56,6 +56,7 @@ class Plan:
         objective: t -> objective, read at its beginning, like the next two.
         attack: t -> input adversary, or None.
         ball: t -> the weight adversary's ball, or None.
+        perturb_every: the ball is given to every so many-th step, the first of training among them; None to the others.
         step: `double_perturbation_step`, perhaps with some of its arguments bound, or a function that is called like it
             (`saltflat.neighbours`).
         memory: what steps keep from one to the next, by name: the very dictionary that was bound to `step`, or resuming
@@ -82,6 +83,7 @@ class Plan:
     attack: Callable[[float], Any]
     ball: Callable[[float], Radius | None]
     measure: PGD
+    perturb_every: int = 1
     step: Callable[..., Step] = double_perturbation_step
     memory: dict[str, Tensor] = field(default_factory=dict)
     clean_forward: bool = False
@@ -94,6 +96,8 @@ class Plan:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        if self.perturb_every < 1:
+            raise ValueError(f"perturb_every: expected an integer >= 1, got {self.perturb_every!r}")
         if not 0 <= self.extra_share < 1:
             raise ValueError(f"extra_share: expected a number in [0, 1), got {self.extra_share!r}")
         if self.average is not None and self.swa_from is not None:
@@ -129,7 +133,8 @@ class Epoch:
         metrics: numbers to be written down: losses of the epoch's steps, and for each measured set its size, clean and
             robust accuracy and loss; `gap` is robust accuracy on train minus on test, and robust loss on test minus on
             train; `collapsed`, whether robust accuracy on train fell by more than 20 points since the epoch before;
-            `skipped` and `dropped`, as in `Step`, over all steps.
+            `skipped` and `dropped`, as in `Step`, over all steps; `seconds` of the epoch's steps, whose sum over epochs
+            is the time of training, and `evaluation_seconds` of its measurements.
         best: robust accuracy on `validation` is the highest so far; clean accuracy, where training attacks nothing.
         model: the network that was measured (the average, if there is one).
         state: all that `fit` needs to go on from here, as tensors and numbers; save it before asking for the next
@@ -219,7 +224,7 @@ def fit(
                     y,
                     objective=plan.objective(progress),
                     attack=plan.attack(progress),
-                    ball=plan.ball(progress),
+                    ball=plan.ball(progress) if step % plan.perturb_every == 0 else None,
                     optimizer=optimizer,
                     generator=generator,
                 )

@@ -19,17 +19,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import replace
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from saltflat.balls import WeightBall, Weights
+from saltflat.balls import WeightBall, Weights, norms
 
 Closure = Callable[[], Tensor]
+Parameters = Mapping[str, nn.Parameter]
 Where = Callable[[str, nn.Parameter], bool]
 
 
@@ -87,6 +88,7 @@ def displaced(model: nn.Module, displacement: Weights) -> Iterator[None]:
         yield
 
 
+@dataclass(eq=False, repr=False)
 class Ascent:
     """What `perturbed`, or another climb, found.
 
@@ -97,12 +99,10 @@ class Ascent:
             finite (or their norm is zero). On the device: read it when metrics are written.
     """
 
-    def __init__(
-        self, value: Tensor | None, skipped: Tensor, parameters: Mapping[str, nn.Parameter], centre: Weights
-    ) -> None:
-        self.value, self.skipped = value, skipped
-        self._parameters: Mapping[str, nn.Parameter] | None = parameters
-        self._centre = centre
+    value: Tensor | None
+    skipped: Tensor
+    _parameters: Parameters | None
+    _centre: Weights
 
     @property
     def displacement(self) -> dict[str, Tensor]:
@@ -110,9 +110,6 @@ class Ascent:
         if self._parameters is None:
             raise RuntimeError("displacement: valid inside the `with` block only; clone what you need there")
         return {name: parameter.detach() - self._centre[name] for name, parameter in self._parameters.items()}
-
-    def _close(self) -> None:
-        self._parameters, self._centre = None, {}
 
 
 @contextmanager
@@ -173,8 +170,7 @@ def perturbed(
     for given, tensors in (("start", start or {}), ("loss", loss if isinstance(loss, Mapping) else {})):
         if strange := [name for name in tensors if name not in parameters]:
             raise ValueError(f"{given}: {strange[0]!r} is none of the {len(parameters)} weights that are perturbed")
-    if step is None:
-        step = replace(ball, radius=ball.radius / steps if step_size is None else step_size)
+    step = step or replace(ball, radius=ball.radius / steps if step_size is None else step_size)
     with given_back(parameters) as centre:
         v, value, skipped = dict(start or {}), None, []
         del start
@@ -190,7 +186,7 @@ def perturbed(
             ahead = step.steepest(g, centre)
             v = ball.project(v | {name: v[name] + s if name in v else s for name, s in ahead.items()}, centre)
             place(parameters, centre, v)
-            skipped += [(s == 0).all() for s in ahead.values()]
+            skipped.append((norms([*ahead.values()], 1) == 0).sum())
         del v, g, ahead  # while the block runs, one copy of the weights is kept; two if the optimiser steps inside
         with held(parameters, centre, value, torch.stack(skipped).sum(), step_inside) as ascent:
             yield ascent
@@ -198,11 +194,7 @@ def perturbed(
 
 @contextmanager
 def held(
-    parameters: Mapping[str, nn.Parameter],
-    centre: dict[str, Tensor],
-    value: Tensor | None,
-    skipped: Tensor,
-    step_inside: bool,
+    parameters: Parameters, centre: dict[str, Tensor], value: Tensor | None, skipped: Tensor, step_inside: bool
 ) -> Iterator[Ascent]:
     """The end of every climb, inside `given_back`: what the block that runs at w + v is told, and may do."""
     ascent = Ascent(value, skipped, parameters, centre)
@@ -210,68 +202,61 @@ def held(
         try:
             yield ascent
         finally:
-            ascent._close()
+            ascent._parameters, ascent._centre = None, {}
 
 
 @contextmanager
-def given_back(parameters: Mapping[str, nn.Parameter]) -> Iterator[dict[str, Tensor]]:
+def given_back(parameters: Parameters) -> Iterator[dict[str, Tensor]]:
     """Yields the centre, and puts back whatever stands in it afterwards: w, to the bit."""
-    centre = {name: parameter.detach().clone() for name, parameter in parameters.items()}
-    try:
+    centre = dict(zip(parameters, copies([*parameters.values()]), strict=True))
+    with _finally(lambda: _copy([*parameters.values()], [centre[name] for name in parameters])):
         yield centre
-    finally:
-        _surely(lambda: place(parameters, centre))
 
 
 @contextmanager
-def _step_kept(parameters: Mapping[str, nn.Parameter], centre: dict[str, Tensor]) -> Iterator[None]:
+def _step_kept(parameters: Parameters, centre: dict[str, Tensor]) -> Iterator[None]:
     """What happens to w + v inside happens to the centre: w <- w + (what the step did), as in the official code."""
-    held = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+    before = copies([*parameters.values()])
     try:
         yield
     finally:
-        for name, before in held.items():
-            now, w = parameters[name].detach(), centre[name]
-            centre[name] = torch.where(now == before, w, w + (now - before))  # where: -0.0 + 0.0 is another bit
+        torch._foreach_sub_(before, [parameter.detach() for parameter in parameters.values()])
+        torch._foreach_sub_([centre[name] for name in parameters], before)  # - 0.0 leaves -0.0, which + 0.0 would not
 
 
 @contextmanager
-def _no_step(parameters: Mapping[str, nn.Parameter]) -> Iterator[None]:
+def _no_step(parameters: Parameters) -> Iterator[None]:
     """Nothing may happen to w + v inside: it would be lost.
 
     Version counters tell of most changes, torch's hook of the fused optimisers' steps, which do not raise them.
     """
     versions = {name: parameter._version for name, parameter in parameters.items()}
-    names = {id(parameter): name for name, parameter in parameters.items()}
-    changed: list[str] = []
+    stepped: set[int] = set()
 
     def notice(optimizer: torch.optim.Optimizer, *_: object) -> None:
-        given = (id(parameter) for group in optimizer.param_groups for parameter in group["params"])
-        changed.extend(names[identity] for identity in given if identity in names)
+        stepped.update(id(parameter) for group in optimizer.param_groups for parameter in group["params"])
 
     hook = register_optimizer_step_post_hook(notice)
     try:
         yield
     finally:
         hook.remove()
-    changed += [name for name, version in versions.items() if parameters[name]._version != version]
+    changed = [name for name, p in parameters.items() if id(p) in stepped or p._version != versions[name]]
     if changed:
         raise RuntimeError(
-            f"weight {changed[0]!r} was changed inside `perturbed`, and the change is lost: "
-            "call optimizer.step() after the block, or pass step_inside=True"
+            f"weight {changed[0]!r} was changed inside `perturbed`, and lost: step after it, or pass step_inside=True"
         )
 
 
 def climbing_gradient(
-    model: nn.Module, closures: Sequence[Closure], parameters: Mapping[str, nn.Parameter]
+    model: nn.Module, closures: Sequence[Closure], parameters: Parameters
 ) -> tuple[dict[str, Tensor], Tensor]:
     """The gradient and the value of the (summed) loss at the weights as they stand."""
     with buffers_kept(model), _gradients_set_aside(model), torch.enable_grad():
         values = [_backward(closure) for closure in closures]
         found = {name: p.grad.detach() for name, p in parameters.items() if p.grad is not None}
         # Embeddings may give sparse gradients.
-        dense = {name: g.to_dense() if g.is_sparse else g for name, g in found.items()}
-        return dense, torch.stack(values).sum()
+        return {name: g.to_dense() if g.is_sparse else g for name, g in found.items()}, torch.stack(values).sum()
 
 
 def as_closures(loss: Any) -> list[Closure]:
@@ -297,48 +282,37 @@ def _backward(closure: Closure) -> Tensor:
 def _gradients_set_aside(model: nn.Module) -> Iterator[None]:
     """`.grad` is None inside, and afterwards the tensor that it was, with the content that it had.
 
-    The content is cloned, not only the reference kept: under DistributedDataParallel a `.grad` may be a view of a
+    The content is copied, not only the reference kept: under DistributedDataParallel a `.grad` may be a view of a
     bucket that the next backward fills.
     """
-    kept = [
-        (parameter, parameter.grad, None if parameter.grad is None else parameter.grad.clone())
-        for parameter in model.parameters()
-    ]
-
-    @torch.no_grad()
-    def put_back() -> None:
-        for parameter, grad, content in kept:
-            parameter.grad = grad if grad is None or content is None else grad.copy_(content)
-
-    try:
-        for parameter, _, _ in kept:
+    with _kept([(parameter, "grad") for parameter in model.parameters()]):
+        for parameter in model.parameters():
             parameter.grad = None
         yield
-    finally:
-        _surely(put_back)
 
 
-@contextmanager
-def buffers_kept(model: nn.Module) -> Iterator[None]:
+def buffers_kept(model: nn.Module) -> AbstractContextManager[None]:
     """Whatever the forwards inside do to buffers is undone, whoever owns them.
 
     All are written back: BatchNorm's kernels change the running statistics without raising their version counters.
     """
-    kept = [
-        (module._buffers, name, buffer, None if buffer is None else buffer.clone())
-        for module in model.modules()
-        for name, buffer in module._buffers.items()
-    ]
+    return _kept([(module, name) for module in model.modules() for name in module._buffers])
 
-    @torch.no_grad()
+
+@contextmanager
+def _kept(attributes: Sequence[tuple[Any, str]]) -> Iterator[None]:
+    """After the block they are the tensors that they were, or None, with the content that they had."""
+    found = [(owner, name, getattr(owner, name)) for owner, name in attributes]
+    tensors = [tensor for _, _, tensor in found if tensor is not None]
+    contents = copies(tensors)
+
     def put_back() -> None:
-        for buffers, name, buffer, content in kept:
-            buffers[name] = buffer if buffer is None or content is None else buffer.copy_(content)
+        for owner, name, tensor in found:
+            setattr(owner, name, tensor)
+        _copy(tensors, contents)
 
-    try:
+    with _finally(put_back):
         yield
-    finally:
-        _surely(put_back)
 
 
 def chosen_weights(model: nn.Module, where: Where) -> dict[str, nn.Parameter]:
@@ -351,17 +325,47 @@ def chosen_weights(model: nn.Module, where: Where) -> dict[str, nn.Parameter]:
 
 
 @torch.no_grad()
-def place(parameters: Mapping[str, nn.Parameter], centre: Weights, displacement: Weights | None = None) -> None:
-    """w + v, for the names in v; or w."""
-    for name in centre if displacement is None else displacement:
-        parameters[name].copy_(centre[name] if displacement is None else centre[name] + displacement[name])
+def place(parameters: Parameters, centre: Weights, displacement: Weights) -> None:
+    """w + v, for the names in v."""
+    weights: list[Tensor] = [parameters[name] for name in displacement]
+    _copy(weights, [centre[name] for name in displacement])
+    if weights:
+        torch._foreach_add_(weights, list(displacement.values()))
+
+
+def copies(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Detached clones."""
+    made = [torch.empty_like(tensor) for tensor in tensors]
+    _copy(made, tensors)
+    return made
+
+
+@torch.no_grad()
+def _copy(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
+    for into, values in alike(targets, sources):
+        torch._foreach_copy_(into, values)
     torch.clear_autocast_cache()  # or an autocast around the block would go on with copies of the weights as they were
 
 
-def _surely(put_back: Callable[[], None]) -> None:
-    """Whoever presses Ctrl-C while things are being put back waits until they are."""
+def alike(*lists: Sequence[Tensor]) -> list[tuple[list[Tensor], ...]]:
+    """The lists in pieces that torch takes in one launch: by the types of their numbers. A DTensor's own shard stands
+    for it, since torch has no rule for copying many.
+    """
+    pieces: dict[object, list[tuple[Tensor, ...]]] = {}
+    for row in zip(*lists, strict=True):
+        shards = tuple(tensor.to_local() if hasattr(tensor, "to_local") else tensor for tensor in row)
+        pieces.setdefault(tuple(shard.dtype for shard in shards), []).append(shards)
+    return [tuple(map(list, zip(*piece, strict=True))) for piece in pieces.values()]
+
+
+@contextmanager
+def _finally(put_back: Callable[[], None]) -> Iterator[None]:
+    """Puts things back after the block. Whoever presses Ctrl-C in the meantime waits until they are."""
     try:
-        put_back()
-    except KeyboardInterrupt:
-        put_back()
-        raise
+        yield
+    finally:
+        try:
+            put_back()
+        except KeyboardInterrupt:
+            put_back()
+            raise

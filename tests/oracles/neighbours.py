@@ -95,6 +95,24 @@ def awp(loss: Loss, w: Weights, gamma: float, steps: int, step_size: float | Non
     return v
 
 
+def amortised_awp(
+    inner: InputLoss, w: Weights, x: Tensor, delta: Tensor, *, eps: float, step_size: float, steps: int, gamma: float
+) -> tuple[Tensor, Weights]:
+    """δ ← clamp(δ + α·sign ∇_x inner(w, x + δ)), `steps` times, and v_l = γ·‖w_l‖·h_l/‖h_l‖, where h is the gradient
+    ∇_w inner(w, x + δ) at the δ that the last of these steps starts from; returns x + δ after it, and v.
+
+    inner is a sum (or a mean) over the batch. The clamp is to [−ε, ε], then of x + δ to [0, 1]; the first δ is used as
+    it is given. h_l = 0 gives v_l = 0. The two gradients are asked for apart, though one pass could give both.
+    """
+    delta = delta.detach().clone()
+    for _ in range(steps):
+        h = gradient(lambda weights, at=x + delta: inner(weights, at), w)
+        (g,) = gradient(lambda point: inner(w, point["x"]), {"x": x + delta}).values()
+        delta = torch.clamp(delta + step_size * torch.sign(g), -eps, eps)
+        delta = torch.minimum(torch.maximum(delta, 0.0 - x), 1.0 - x)
+    return x + delta, _along(h, w, gamma)
+
+
 def robust_wp(losses: Loss, w: Weights, gamma: float, c: float, steps: int) -> Weights:
     """D ← D + ∇ (1/N) Σ_i 1[ℓ_i < c]·ℓ_i at w + v, then v = γ·‖w‖·D/‖D‖; `steps` times from D = 0, v = 0; returns v.
 

@@ -14,6 +14,7 @@ from oracles.neighbours import (
     Weights,
     adaptive_random_wp,
     alp,
+    amortised_awp,
     asam,
     awp,
     cross_entropies,
@@ -477,6 +478,25 @@ def test_free_training_brings_a_delta_of_another_batch_into_the_ball_and_the_box
     x = tensor([0.95, 0.5])
     w, _ = free_at(product, {"a": tensor(0.0, 0.0)}, x, tensor([0.1, -7.0]), eps=0.1, lr=1.0, replays=1)
     close(w, {"a": tensor(-1.0, -0.4)})
+
+
+# amortised_awp
+
+
+def test_amortised_awp_by_hand_climbs_where_the_last_step_starts() -> None:
+    """w = (3, −4), γ = 0.1, ε = 0.2, α = 0.15; x = (0.5, 0.9) and (0.4, 0.1). The gradient by w is Σ_i x'_i.
+
+    From δ = 0 the first step gives (0.65, 0.75), (0.55, 0), boxed; the second is cut at ε: (0.7, 0.7), (0.6, 0).
+    So h = (0.9, 1) for one step, and (1.2, 0.75) for two.
+    """
+    w, x = {"a": tensor(3.0, -4.0)}, tensor([0.5, 0.9], [0.4, 0.1])
+    settings = {"eps": 0.2, "step_size": 0.15, "gamma": 0.1}
+    x_adv, v = amortised_awp(product, w, x, torch.zeros_like(x), steps=1, **settings)
+    close(x_adv, tensor([0.65, 0.75], [0.55, 0.0]))
+    close(v, {"a": 0.5 * tensor(0.9, 1.0) / math.hypot(0.9, 1.0)})
+    x_adv, v = amortised_awp(product, w, x, torch.zeros_like(x), steps=2, **settings)
+    close(x_adv, tensor([0.7, 0.7], [0.6, 0.0]))
+    close(v, {"a": 0.5 * tensor(1.2, 0.75) / math.hypot(1.2, 0.75)})
 
 
 # alp

@@ -7,20 +7,24 @@ docs/family.md has the formulas.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from saltflat.balls import Box, Ellipsoid, Global, Layerwise
+from saltflat.lab.climbing import AttackOn, attack_on
 from saltflat.lab.config import Awp, Train
+from saltflat.lab.precision import resolved, taken_in
 from saltflat.neighbours.adaptive_random_wp import adaptively_drawn, by_coordinate, by_filter
+from saltflat.neighbours.amortised import amortised_step
 from saltflat.neighbours.free import free_step
 from saltflat.neighbours.kaggle import along_momentum
 from saltflat.neighbours.random_wp import Gaussian, drawn, increasing, two_batch_step
 from saltflat.neighbours.robust_wp import accumulated, below
 from saltflat.neighbours.weighted import all_but_last
+from saltflat.objectives import Objective
 from saltflat.random import Generator
 from saltflat.schedules import constant, from_progress
 from saltflat.step import Climb, Radius, Step, double_perturbation_step
@@ -49,8 +53,14 @@ def ball(config: Train) -> Callable[[float], Radius | None]:
 
 
 def step(config: Train, memory: dict[str, Tensor]) -> Callable[..., Step]:
-    """The step of that method, called like `double_perturbation_step`; `memory` is what it keeps between steps."""
-    awp, attack = config.awp, config.attack
+    """The step of that method, called like `double_perturbation_step`, in the config's precision; `memory` is what it
+    keeps between steps.
+    """
+
+    @cache
+    def climbed_on(precision: str, device: torch.device) -> dict[str, AttackOn]:
+        found = attack_on(config, precision, device)
+        return {} if found is None else {"attack_on": found}
 
     def taken(
         model: nn.Module,
@@ -58,33 +68,56 @@ def step(config: Train, memory: dict[str, Tensor]) -> Callable[..., Step]:
         y: Tensor,
         *,
         optimizer: torch.optim.Optimizer,
-        generator: Generator,
-        objective: Any,
+        objective: Objective,
         **given: Any,
     ) -> Step:
-        given |= {"optimizer": optimizer, "generator": generator, "objective": objective, "where": _where(awp, model)}
-        if awp.method == "m-rwp":
-            return two_batch_step(model, x, y, share=awp.share, attack_mode=attack.mode, **given)
-        given |= {
-            "climb": _climb(awp, memory, optimizer, generator),
-            "climbed": below(objective.each, awp.c) if awp.method == "robust-wp" else None,
-            "steps": awp.steps,
-            "step_size": None if awp.method in ("kaggle", "fast") else awp.step_size or None,
-        }
-        if attack.replays > 0:
-            return free_step(model, x, y, replays=attack.replays, memory=memory, **given)
-        return double_perturbation_step(
+        precision = resolved(config.compute.precision, x.device)
+        given |= {"optimizer": optimizer, "where": _where(config.awp, model), **climbed_on(precision, x.device)}
+
+        def take(objective: Objective) -> Step:
+            return _taken(config, memory, model, x, y, objective=objective, **given)
+
+        return taken_in(precision, take, objective, optimizer, memory, x.device)
+
+    return taken
+
+
+def _taken(
+    config: Train, memory: dict[str, Tensor], model: nn.Module, x: Tensor, y: Tensor, *, objective: Any, **given: Any
+) -> Step:
+    """The one of our steps that is the method's."""
+    awp, attack = config.awp, config.attack
+    given |= {"objective": objective}
+    if awp.method == "m-rwp":
+        return two_batch_step(model, x, y, share=awp.share, attack_mode=attack.mode, **given)
+    if awp.amortised:
+        return amortised_step(
             model,
             x,
             y,
-            share=awp.share,
             attack_mode=attack.mode,
-            alternations=awp.alternations,
             step_inside=awp.step_inside,
+            joint_mode=awp.joint_mode,
             **given,
         )
-
-    return taken
+    given |= {
+        "climb": _climb(awp, memory, given["optimizer"], given["generator"]),
+        "climbed": below(objective.each, awp.c) if awp.method == "robust-wp" else None,
+        "steps": awp.steps,
+        "step_size": None if awp.method in ("kaggle", "fast") else awp.step_size or None,
+    }
+    if attack.replays > 0:
+        return free_step(model, x, y, replays=attack.replays, memory=memory, **given)
+    return double_perturbation_step(
+        model,
+        x,
+        y,
+        share=awp.share,
+        attack_mode=attack.mode,
+        alternations=awp.alternations,
+        step_inside=awp.step_inside,
+        **given,
+    )
 
 
 def _where(awp: Awp, model: nn.Module) -> Where:

@@ -162,7 +162,7 @@ def network(config: Train, like: Images) -> nn.Module:
 
 
 def optimizer(config: Train, model: nn.Module) -> torch.optim.Optimizer:
-    """SGD over all parameters; the plan sets its rate."""
+    """SGD over all parameters, in one kernel (torch's fused form); the plan sets its rate."""
     of = config.optimizer
     groups: list[dict[str, Any]] = [{"params": list(model.parameters())}]
     if of.decayed == "weights":
@@ -171,7 +171,12 @@ def optimizer(config: Train, model: nn.Module) -> torch.optim.Optimizer:
             {"params": [p for p in model.parameters() if p.ndim <= 1], "weight_decay": 0.0},
         ]
     return torch.optim.SGD(
-        groups, of.learning_rate, momentum=of.momentum, weight_decay=of.weight_decay, nesterov=of.nesterov
+        groups,
+        of.learning_rate,
+        momentum=of.momentum,
+        weight_decay=of.weight_decay,
+        nesterov=of.nesterov,
+        fused=True,  # on CPUs and GPUs alike; gradients have to lie in memory as weights do, which .backward() sees to
     )
 
 
@@ -256,6 +261,7 @@ def plan(config: Train, classes: int) -> Plan:
         objective=lambda t: pair,
         attack=lambda t: None if config.objective.name == "natural" else attacker,
         ball=adversaries.ball(config),
+        perturb_every=config.awp.every,
         measure=trained_against(config.attack).pgd(config.evaluation.steps),
         step=adversaries.step(config, memory),
         memory=memory,

@@ -71,6 +71,7 @@ DataName = Literal["digits", "cifar10", "cifar100", "svhn", "parquet", "folder",
 Adversary = Literal["awp", "robust-wp", "random-wp", "m-rwp", "arwp", "sam", "asam", "kaggle", "fast"]
 DRAWN = ("random-wp", "m-rwp", "arwp")  # they climb no loss
 STEPPED = ("awp", "robust-wp", "sam", "asam", "kaggle")  # with any number of steps
+AMORTISED = ("awp", "sam", "asam")  # whose one step may go along a gradient that is there anyway
 ALTERNATED = ("awp", "sam", "asam", "kaggle")  # they go on from a v
 
 
@@ -202,6 +203,15 @@ class Awp:
     half)."""
     truncated: bool = False
     """Leave the last layer alone, as WT-AWP does."""
+    amortised: bool = False
+    """Climb along the weight gradient of the attack's last backward pass, in place of a forward and backward of its own
+    (awp, sam, asam): it is the inner loss's, one iterate behind, in the attack's mode."""
+    joint_mode: Literal["attack", "outer"] = "attack"
+    """The network's mode in that backward pass: the attack's, or the one that it is trained in, whose gradient is much
+    nearer to AWP's own with BatchNorm; the attack's last step then sees the batch's statistics."""
+    every: Count = 1
+    """Steps from one that perturbs the weights to the next, the first of training being one; those between perturb
+    inputs alone."""
     c: Positive = 1.7
     """robust-wp climbs on examples whose loss is below this, in nats."""
     increase: NotNegative = 0.0
@@ -261,6 +271,22 @@ class Evaluation:
 
 
 @dataclass(frozen=True)
+class Compute:
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+
+    precision: Literal["auto", "fp32", "tf32", "bf16", "fp16"] = "auto"
+    """Of training's steps. fp32 is strict; tf32 rounds what convolutions and matrix products are given on a GPU to 10
+    bits; bf16 and fp16 run under autocast, weights and their updates staying in fp32, and fp16 with a dynamic loss
+    scale. auto takes tf32 on a GPU that has it, else fp32. Whatever is measured is measured in strict fp32."""
+    compile: bool = False
+    """Attacks in eval mode climb on the network as torch.compile makes it, which takes a while at first. It was not run
+    on a GPU."""
+    lean: bool = True
+    """Attacks in eval mode climb on a lean copy of the network on CPUs, BatchNorm folded into convolutions: the same
+    numbers but for rounding, in less time. Where compile is set, on the compiled network instead."""
+
+
+@dataclass(frozen=True)
 class Train:
     """Everything that decides what a run does."""
 
@@ -284,6 +310,7 @@ class Train:
     awp: Awp = field(default_factory=Awp)
     optimizer: Optimizer = field(default_factory=Optimizer)
     evaluation: Evaluation = field(default_factory=Evaluation)
+    compute: Compute = field(default_factory=Compute)
 
 
 def checked(config: Train | dict[str, Any]) -> Train:
@@ -328,6 +355,16 @@ def _check_together(config: Train) -> None:
     if config.attack.norm == "Linf" and config.attack.eps > 1:
         raise BadInput(f"attack.eps: pixels lie in [0, 1], expected at most 1 (as in 8/255), got {config.attack.eps:g}")
     _check_awp(config.awp)
+    if config.awp.amortised:
+        _check_amortised(config)
+    if config.compute.precision == "fp16" and config.awp.method in ("arwp", "robust-wp"):
+        raise BadInput(
+            f"compute.precision: {config.awp.method} looks at gradients or losses as they are, and fp16 needs them "
+            "scaled; expected another, got 'fp16'"
+        )
+    if config.compute.compile and (config.attack.mode == "train" or config.attack.replays > 0):
+        what = "attack.replays" if config.attack.replays else "attack.mode train"
+        raise BadInput(f"compute.compile: attacks in eval mode are compiled; expected false with {what}, got true")
     if config.attack.replays > 0:
         _check_replays(config)
     _check_labels(config)
@@ -362,6 +399,12 @@ def _check_awp(awp: Awp) -> None:
     if awp.gamma == 0 and (name != "awp" or awp.share < 1 or awp.truncated):
         what = name if name != "awp" else "awp.share" if awp.share < 1 else "awp.truncated"
         raise BadInput(f"awp.gamma: expected a number > 0 for {what}, got 0")
+    if awp.joint_mode != "attack" and not awp.amortised:
+        raise BadInput(f"awp.joint_mode: needs awp.amortised, expected 'attack', got {awp.joint_mode!r}")
+    if awp.every > 1 and awp.gamma == 0:
+        raise BadInput(f"awp.every: needs awp.gamma > 0, got {awp.every}")
+    if awp.every > 1 and awp.alternations > 1:
+        raise BadInput(f"awp.every: expected 1 with awp.alternations, got {awp.every}")
     if awp.share == 1 and name == "m-rwp":
         raise BadInput("awp.share: m-rwp weighs its two halves, expected a number below 1, such as 0.5, got 1")
     if awp.steps > 1 and name not in STEPPED:
@@ -383,6 +426,30 @@ def _check_awp(awp: Awp) -> None:
             value, usual = getattr(awp, leaf), getattr(Awp(), leaf)
             if name != of and value != usual:
                 raise BadInput(f"awp.{leaf}: belongs to awp.method {of}; expected {usual!r} with {name}, got {value!r}")
+
+
+def _check_amortised(config: Train) -> None:
+    """What the attack's last backward pass cannot give."""
+    awp = config.awp
+    if awp.method not in AMORTISED:
+        raise BadInput(f"awp.amortised: expected awp.method {', '.join(AMORTISED)}, got {awp.method}")
+    if awp.gamma == 0:
+        raise BadInput("awp.amortised: needs awp.gamma > 0, got true")
+    if config.objective.name == "natural":
+        raise BadInput(
+            "awp.amortised: natural training has no attack to take a gradient from, expected false, got true"
+        )
+    for name, value, only in (
+        ("awp.steps", awp.steps, 1),
+        ("awp.step_size", awp.step_size, 0),
+        ("awp.alternations", awp.alternations, 1),
+        ("awp.share", awp.share, 1),
+        ("attack.replays", config.attack.replays, 0),
+    ):
+        if value != only:
+            raise BadInput(f"{name}: expected {only} with awp.amortised, got {value:g}")
+    if config.attack.final_forward:
+        raise BadInput("attack.final_forward: expected false with awp.amortised, got true")
 
 
 def _check_replays(config: Train) -> None:

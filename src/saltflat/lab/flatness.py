@@ -21,9 +21,11 @@ from saltflat.lab import record
 from saltflat.lab.config import BadInput
 from saltflat.lab.console import CONSOLE, progress, say
 from saltflat.lab.measures import DEFINITIONS, MEASURES, Found, How, Shown, Spectrum
+from saltflat.lab.precision import exact
 from saltflat.lab.subjects import Subject, place, up_to
 
 
+@exact()
 def flatness(of: Subject, names: Sequence[str], how: How) -> dict[str, Any]:
     """Measured and written down; what was asked before, of the same weights, is read, what was interrupted goes on."""
     check(names)

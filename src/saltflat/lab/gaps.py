@@ -24,6 +24,7 @@ from torch import Tensor
 from saltflat.evaluation import Outcomes, answers, attacked, collect
 from saltflat.evaluation.suite import prepared
 from saltflat.lab import record
+from saltflat.lab.precision import exact
 from saltflat.lab.subjects import Subject, place, up_to
 
 LONGER = 5  # times as many steps, for the check that the attack is long enough
@@ -44,6 +45,7 @@ class How:
     seed: int = 0
 
 
+@exact()
 def robust_gap(of: Subject, how: How) -> dict[str, Any]:
     """Measured and written down; what was asked before, of the same weights, is read."""
     sides = {"train": how.train_examples, "test": how.test_examples}

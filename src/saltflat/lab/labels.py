@@ -18,6 +18,7 @@ from saltflat.data import to_float
 from saltflat.data.image_arrays import channels_first, whole_arrays
 from saltflat.lab.config import BadInput
 from saltflat.lab.console import progress, say
+from saltflat.lab.precision import exact
 from saltflat.lab.record import check_folder, replacing
 from saltflat.lab.subjects import Subject
 
@@ -44,6 +45,7 @@ def label(of: Subject, images: Path, out: Path, batch_size: int) -> None:
     say(f"{out}: {len(x)} images, labels by {of.folder} ({of.checkpoint})")
 
 
+@exact()
 @torch.no_grad()
 def _classes(of: Subject, x: Tensor, batch_size: int) -> Tensor:
     device, found = next(of.model.parameters()).device, []

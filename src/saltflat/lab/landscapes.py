@@ -25,6 +25,7 @@ from saltflat.inputs import PGD
 from saltflat.lab import record
 from saltflat.lab.config import BadInput
 from saltflat.lab.points import Arrays, Group, measured
+from saltflat.lab.precision import exact
 from saltflat.lab.subjects import Subject, place, up_to
 from saltflat.landscape import adversarial_direction, random_direction
 from saltflat.landscape.robust import afresh, frozen, total
@@ -83,6 +84,7 @@ class Shown:
         return self.of.objective if self.how.own_loss and self.of.objective != AT() else None
 
 
+@exact()
 def line(of: Subject, alphas: Sequence[float], directions: int, how: How) -> dict[str, Any]:
     """g(alpha) = rho(w + alpha d) along so many directions; what was asked before, of the same weights, is read."""
     shown = _shown(of, how)
@@ -106,6 +108,7 @@ def line(of: Subject, alphas: Sequence[float], directions: int, how: How) -> dic
     return _written(path, {**asked, "curves": curves, "gaps": gaps})
 
 
+@exact()
 def plane(of: Subject, alphas: Sequence[float], betas: Sequence[float], how: How) -> dict[str, Any]:
     """rho(w + alpha d + beta e), with d as `how` says and e random; what was asked before is read."""
     shown = _shown(of, how)

@@ -1,7 +1,7 @@
 """The run folder: what is written, when, and so that nothing is ever half there.
 
     config.yaml  environment.json  evaluation.json    once, at the start
-    metrics.jsonl                                     a line after every epoch
+    metrics.jsonl                                     a line after every epoch; the sum of `seconds` is training's
     checkpoints/last.safetensors                      weights, after every epoch
     checkpoints/best.safetensors                      weights, after every epoch that is the best on validation so far
     checkpoints/epoch-N.safetensors                   weights of epochs that keep_every asks for

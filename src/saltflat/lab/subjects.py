@@ -19,7 +19,7 @@ from saltflat import data as datasets
 from saltflat.balls import Weights
 from saltflat.data import Images, stratified_subset
 from saltflat.evaluation.suite import prepared
-from saltflat.lab import build, checkpoints, record
+from saltflat.lab import build, checkpoints, memory, record
 from saltflat.lab.config import BadInput, Data, Train, checked
 from saltflat.lab.threat import Threat, trained_against
 from saltflat.models import published
@@ -70,7 +70,7 @@ def from_run(
     if weights is None and not file.is_file():
         there = sorted(found.stem for found in (path / "checkpoints").glob("*.safetensors"))
         raise BadInput(f"checkpoint: expected one of {', '.join(there) or 'none yet'} in {path}, got {checkpoint!r}")
-    found = build.device(device)
+    found = _on(device)
     sets = build.sets(config)
     model = build.network(config, sets.train)
     checkpoints.load_weights(file, model)
@@ -92,6 +92,14 @@ def from_run(
         objective=build.losses(config),
         initial=lambda: _initial(path, config, sets.train),
     )
+
+
+def _on(device: str) -> torch.device:
+    """The device of that name, where networks are about to be asked."""
+    found = build.device(device)
+    if found.type == "cpu":
+        memory.keep()
+    return found
 
 
 def _initial(run: Path, config: Train, like: Images) -> Weights:
@@ -122,7 +130,7 @@ def from_file(file: Path, about: Foreign, threat: Threat, device: str, out: Path
     """A checkpoint of others, whose findings go to the folder `out`."""
     if not file.is_file():
         raise BadInput(f"run: expected the file of a checkpoint beside --model, got {str(file)!r}")
-    found, splits = build.device(device), _splits(about)
+    found, splits = _on(device), _splits(about)
     x, y = splits["test"]
     channels = x.shape[1] if x.ndim == 4 else 3
     try:

@@ -18,9 +18,11 @@ import torch
 from torch import nn
 
 from saltflat.data import Images
-from saltflat.lab import build, checkpoints, initial, record
+from saltflat.lab import build, checkpoints, initial, memory, record
+from saltflat.lab.climbing import check_compiles
 from saltflat.lab.config import BadInput, Train
 from saltflat.lab.console import progress, say
+from saltflat.lab.precision import exact, resolved
 from saltflat.lab.threat import trained_against
 from saltflat.random import derived_seed
 from saltflat.train import Epoch, Stepped, fit
@@ -44,6 +46,7 @@ def train(config: Train, out: Path) -> None:
     gpu = ready.device.type == "cuda"
     where = torch.cuda.get_device_name(ready.device) if gpu else str(ready.device)
     versions = record.environment(where, torch.get_num_threads(), torch.version.cuda if gpu else None)
+    versions["precision"] = resolved(config.compute.precision, ready.device)
     measured = {
         "attack": trained_against(config.attack).pgd_in_words(config.evaluation.steps),
         "mode": "eval",
@@ -141,6 +144,10 @@ def _ready(config: Train, network: Callable[[Train, Images], nn.Module]) -> Read
     if config.threads:
         torch.set_num_threads(config.threads)
     device = build.device(config.device)
+    if device.type == "cpu":
+        memory.keep()
+    if config.compute.compile:
+        check_compiles(device)
     sets = build.with_extra(build.sets(config), config)
     torch.manual_seed(derived_seed(config.seed))  # dropout draws from torch's global generator
     model = network(config, sets.train).to(device)
@@ -155,11 +162,16 @@ def _ready(config: Train, network: Callable[[Train, Images], nn.Module]) -> Read
     return Ready(config, device, sets, model)
 
 
+@exact()  # but for the steps, which are in the config's precision
 def _train(ready: Ready, out: Path, state: dict[str, Any] | None) -> None:
     config, model, sets = ready.config, ready.model, ready.sets
     plan, done = build.plan(config, sets.train.num_classes), 0 if state is None else state["epoch"]
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    say(f"{config.recipe}, seed {config.seed}: {len(sets.train)} images, {parameters:,} parameters, in {out}")
+    precision = resolved(config.compute.precision, ready.device)
+    say(
+        f"{config.recipe}, seed {config.seed}: {len(sets.train)} images, {parameters:,} parameters, {precision} on "
+        f"{ready.device}, in {out}"
+    )
     began, identity = time.perf_counter(), _identity(ready)
     try:
         with progress() as bar:

@@ -17,7 +17,7 @@ Generalization", TMLR 2024, arXiv 2404.00357; `increasing` is the course of sigm
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -30,7 +30,7 @@ from saltflat.inputs import InputAdversary
 from saltflat.objectives import Objective
 from saltflat.random import Generator, normal
 from saltflat.schedules import Schedule
-from saltflat.step import Mode, Step, double_perturbation_step, dropping, in_mode
+from saltflat.step import Mode, Step, double_perturbation_step, dropping, in_mode, itself
 from saltflat.weights import Ascent, Closure, Where, buffers_kept, chosen_weights, given_back, held, place, trained
 
 
@@ -133,6 +133,7 @@ def two_batch_step(
     optimizer: torch.optim.Optimizer,
     share: float = 0.5,
     attack_mode: Mode = "eval",
+    attack_on: Callable[[nn.Module], Callable[[Any], Tensor]] = itself,
     where: Where = trained,
     generator: Generator = None,
 ) -> Step:
@@ -156,14 +157,14 @@ def two_batch_step(
         rows = slice(0, half) if share == 0 else slice(None)
         return double_perturbation_step(
             model, x[rows], y[rows], objective=objective, attack=attack, ball=None,
-            optimizer=optimizer, attack_mode=attack_mode, generator=generator,
+            optimizer=optimizer, attack_mode=attack_mode, attack_on=attack_on, generator=generator,
         )  # fmt: skip
     drop = dropping(model, optimizer)
     optimizer.zero_grad()
     x_adv: Any = x
     if attack is not None:
         with in_mode(model, attack_mode):
-            x_adv = attack(objective.inner(model, x, y), x, generator=generator)
+            x_adv = attack(objective.inner(attack_on(model), x, y), x, generator=generator)
 
     def loss(rows: slice) -> Tensor:
         return objective.outer(model, x[rows], x_adv[rows], y[rows])

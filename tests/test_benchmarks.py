@@ -1,0 +1,390 @@
+"""The benchmarks measure what they say: by counting and by equality, never by time."""
+
+import copy
+import doctest
+import importlib
+import json
+import os
+import re
+import sys
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from memory import Memory
+from networks import batch, convolutional
+from oracles.proxy_awp import at_loss, proxy_step, trades_loss
+
+from saltflat import AT, PGD, TRADES, Layerwise, Linf, double_perturbation_step, models
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+sys.path.append(str(BENCHMARKS))  # as for a script that is run from there; at the end: `memory` is here, too
+
+import first_step  # noqa: E402
+import growth  # noqa: E402
+import official  # noqa: E402
+import pairs  # noqa: E402
+import tables  # noqa: E402
+import training_step  # noqa: E402
+from alive import Alive  # noqa: E402
+from floor import counted, flops, recorded, replayed  # noqa: E402
+
+EPS, ALPHA, K1, GAMMA = 0.05, 0.02, 3, 0.02
+
+
+def sgd(model):
+    return torch.optim.SGD(model.parameters(), 0.1, momentum=0.9, weight_decay=0.01)
+
+
+def started(model, x, y):
+    """A copy, and its optimiser, with momentum from a step before."""
+    twin = copy.deepcopy(model)
+    optimizer = sgd(twin)
+    torch.nn.functional.cross_entropy(twin(x), y).backward()
+    optimizer.step()
+    return twin, optimizer
+
+
+def of_paper(model, optimizer, x, y, mode, start):
+    """One iteration of the re-derived procedure."""
+    proxy = convolutional()
+    official.at_awp_step(
+        model, proxy, optimizer, torch.optim.SGD(proxy.parameters(), 0.01), x, y,
+        eps=EPS, step_size=ALPHA, steps=K1, gamma=GAMMA, attack_mode=mode, start=start,
+    )  # fmt: skip
+
+
+def weights(model):
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+@pytest.mark.parametrize("mode", ["eval", "train"])
+def test_the_papers_procedure_is_the_step_of_the_oracle_and_of_the_library(mode):
+    torch.manual_seed(1)
+    model = convolutional()
+    x, y = batch()
+    delta = Linf(EPS).sample(x)
+    (theirs, first), (ours, second), (oracle, third) = (started(model, x, y) for _ in range(3))
+    before = weights(theirs)
+    attack = PGD(Linf(EPS), ALPHA, K1, start=lambda ball, x, generator=None: delta)
+
+    of_paper(theirs, first, x, y, mode, delta)
+    double_perturbation_step(
+        ours, x, y, objective=AT(), attack=attack, ball=Layerwise(GAMMA), optimizer=second, attack_mode=mode,
+        step_inside=True,
+    )  # fmt: skip
+
+    def attack_at(proxy, start):
+        return attack(AT().inner(proxy.train(mode == "train"), x, y), x)
+
+    proxy_step(oracle, third, x, y, loss=at_loss, attack_at=attack_at, gamma=GAMMA, steps=1, inside=True)
+    assert (weights(theirs) - weights(oracle)).abs().max() < 1e-10
+    assert (weights(theirs) - weights(ours)).abs().max() < 1e-10
+    assert (weights(theirs) - before).abs().max() > 1e-3
+
+
+def test_the_papers_procedure_for_trades_is_the_oracles():
+    torch.manual_seed(2)
+    model = convolutional(batch_norm=False)
+    x, y = batch()
+    x = 0.2 + 0.6 * x
+    noise = 0.001 * torch.randn_like(x)
+    (theirs, first), (oracle, second) = started(model, x, y), started(model, x, y)
+    proxy = convolutional(batch_norm=False)
+    official.trades_awp_step(
+        theirs, proxy, first, torch.optim.SGD(proxy.parameters(), 0.1), x, y,
+        eps=EPS, step_size=ALPHA, steps=K1, gamma=GAMMA, beta=6.0, start=noise,
+    )  # fmt: skip
+
+    def attack_at(network, start):
+        attack = PGD(Linf(EPS), ALPHA, K1)
+        return attack(TRADES(6.0).inner(network, x, y), x, start=x + noise)
+
+    proxy_step(oracle, second, x, y, loss=trades_loss(6.0), attack_at=attack_at, gamma=GAMMA, steps=1, inside=True)
+    assert (weights(theirs) - weights(oracle)).abs().max() < 1e-10
+
+
+def test_the_paper_computes_weight_gradients_in_the_attack_and_the_library_none():
+    x, y = batch()
+    model = convolutional()
+    layers = 2
+    theirs, first = started(model, x, y)
+    ours, second = started(model, x, y)
+    taken = counted(recorded(lambda: of_paper(theirs, first, x, y, "train", torch.zeros_like(x))))
+    assert taken == {
+        "forwards": layers * (K1 + 1 + 2 + 1),  # the attack, its end, the proxy and the training pass, logging
+        "input_gradients": layers * K1 + 2 * (layers - 1),
+        "weight_gradients": layers * (K1 + 2),
+    }
+    step = partial(
+        double_perturbation_step, ours, x, y, objective=AT(), attack=PGD(Linf(EPS), ALPHA, K1), ball=Layerwise(GAMMA),
+        optimizer=second, attack_mode="train",
+    )  # fmt: skip
+    assert counted(recorded(step)) == {
+        "forwards": layers * (K1 + 2),
+        "input_gradients": layers * K1 + 2 * (layers - 1),
+        "weight_gradients": layers * 2,
+    }
+
+
+SMALL = training_step.Setting(network="small-resnet", width=2, batch_size=2, size=8, steps=3, threads=1)
+LAYERS = sum(isinstance(module, torch.nn.Conv2d) for module in models.small_resnet(widths=(2, 4, 8)).modules())
+
+
+@pytest.mark.parametrize(
+    ("options", "forwards", "weight_gradients"),
+    [({}, 3 + 2, 2), ({"awp": False}, 3 + 1, 1), ({"every": 2}, 2 * 3 + 3, 3), ({"step_inside": True}, 3 + 2, 2)],
+    ids=["AT-AWP", "AT", "every 2nd", "inside"],
+)
+@pytest.mark.parametrize("mode", ["eval", "train"])
+def test_the_floor_lists_every_convolution_of_a_step(options, forwards, weight_gradients, mode):
+    step = training_step.ours(SMALL, attack_mode=mode, attack_on_itself=True, **options)
+    attacks = 3 * options.get("every", 1)
+    for _ in range(2):  # the second step as the first
+        assert counted(recorded(step)) == {
+            "forwards": LAYERS * forwards,
+            "input_gradients": LAYERS * attacks + (LAYERS - 1) * weight_gradients,
+            "weight_gradients": LAYERS * weight_gradients,
+        }
+
+
+def test_the_amortised_step_needs_no_forward_and_one_weight_gradient_more_than_at():
+    needed = training_step.work(SMALL)
+    assert needed["amortised"]["forwards"] == needed["AT"]["forwards"]
+    assert needed["amortised"]["weight_gradients"] == needed["AT"]["weight_gradients"] + LAYERS
+    assert needed["AT-AWP"]["forwards"] == needed["AT"]["forwards"] + LAYERS
+
+
+def test_a_replay_makes_the_same_calls_on_the_same_shapes_layouts_and_types():
+    for precision, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        calls = recorded(training_step.ours(SMALL, precision=precision, attack_on_itself=True))
+        again = recorded(replayed(calls))
+        assert again == calls
+        assert {like.dtype for call in calls for like in call.arguments[:2]} == {dtype}
+    inner = calls[LAYERS // 2].arguments[0]
+    assert inner.strides[1] == 1, "channels-last"
+
+
+def test_work_is_counted_for_two_examples_and_in_proportion():
+    calls = recorded(training_step.ours(SMALL, attack_on_itself=True))
+    assert training_step.work(SMALL, ["AT-AWP"])["AT-AWP"]["flops"] == flops(calls)
+    more = training_step.replace(SMALL, batch_size=6)
+    assert training_step.work(more, ["AT-AWP"])["AT-AWP"]["flops"] == 3 * flops(calls)
+
+
+def test_splitting_a_convolutions_backward_for_the_profile_changes_no_number():
+    def gradients():
+        torch.manual_seed(0)
+        model = convolutional()
+        x, y = batch()
+        x.requires_grad_()
+        torch.nn.functional.cross_entropy(model(x), y).backward()
+        return [x.grad, *(p.grad for p in model.parameters())]
+
+    plain = gradients()
+    with training_step.Labelled():
+        labelled = gradients()
+    assert all(torch.equal(one, other) for one, other in zip(plain, labelled, strict=True))
+
+
+def test_bytes_are_counted_as_the_memory_of_the_tests_counts_numbers():
+    def work():
+        x = torch.zeros(300)
+        y = x[:100] + 1
+        del x
+        return y.double()
+
+    with Alive() as alive, Memory(1) as memory:
+        kept = work()
+    assert len(kept) == 100
+    assert (alive.peak, alive.held()) == (4 * 400, 800)
+    assert memory.peak == 400
+
+
+def test_awp_adds_one_copy_of_the_perturbed_weights_and_two_with_the_step_inside():
+    memory = importlib.import_module("benchmarks.memory")  # `memory` is that of the tests
+    # Where a step's maps weigh several times what its weights do, as in practice
+    setting = training_step.replace(SMALL, width=32, batch_size=16, size=32, steps=2)
+    found = {each.name: {"counted": memory.counted(each), "measured": [0.0]} for each in memory.contenders(setting)}
+    over = {name: of["counted"] for name, of in memory.copies(found, memory.perturbed_bytes(setting)).items()}
+    assert over["AT"] == 0
+    assert over["AT-AWP, step after"] == pytest.approx(1, abs=0.02)
+    assert over["AT-AWP, amortised"] == pytest.approx(1, abs=0.02)
+    assert over["AT-AWP, step inside"] == pytest.approx(2, abs=0.02)
+    assert over["official"] > 3
+
+
+ORDER: list[str] = []
+
+
+def noting(name):
+    ORDER.append(f"{name} sets up")
+    return lambda: ORDER.append(name)
+
+
+def process_of(setting):
+    """A step that says where it is, by its page faults' stead: it fails if it is not where it should be."""
+    variable, parent = setting
+    assert os.getppid() == parent
+    assert os.environ["SALTFLAT_CONTENDER"] == variable
+    return lambda: None
+
+
+def test_contenders_set_up_first_and_then_take_turns():
+    ORDER.clear()
+    entered = [pairs.Contender(name, noting, name) for name in "abc"]
+    found = pairs.compare(entered, rounds=2, warm_up=1, calls=2, in_process=True, say=lambda line: None)
+    assert [*(f"{name} sets up" for name in "abc"), *("aabbcc" * 3)] == ORDER
+    assert all(len(of["seconds"]) == len(of["page_faults"]) == 2 for of in found.values())
+    with pytest.raises(ValueError, match="contenders: expected different names"):
+        pairs.compare([entered[0]] * 2, rounds=1)
+    with pytest.raises(ValueError, match="rounds: expected an integer >= 1, got 0"):
+        pairs.compare(entered, rounds=0)
+
+
+@pytest.mark.slow
+def test_every_contender_has_a_process_and_an_environment_of_its_own_and_says_why_it_failed(monkeypatch):
+    monkeypatch.delenv("SALTFLAT_CONTENDER", raising=False)
+    here = os.getpid()
+    entered = [
+        pairs.Contender(name, process_of, (name, here), environment={"SALTFLAT_CONTENDER": name}) for name in "ab"
+    ]
+    found = pairs.compare(entered, rounds=1, say=lambda line: None)
+    assert found.keys() == {"a", "b"}
+    assert all(of["peak_bytes"] > 1e6 for of in found.values())
+    assert "SALTFLAT_CONTENDER" not in os.environ
+    wrong = pairs.Contender("c", process_of, ("b", here), environment={"SALTFLAT_CONTENDER": "c"})
+    with pytest.raises(RuntimeError, match=r"(?s)c: .*AssertionError"):
+        pairs.compare([wrong], rounds=1, say=lambda line: None)
+
+
+def test_a_call_of_several_steps_counts_for_each():
+    clock = iter([0.0, 0.0, 12.0])
+    turn = pairs._turn
+    original = pairs.time.perf_counter
+    try:
+        pairs.time.perf_counter = lambda: next(clock)
+        next(clock)
+        assert turn(lambda: None, 3, 2).seconds == 2
+    finally:
+        pairs.time.perf_counter = original
+
+
+def test_ratios_are_of_the_same_round():
+    seconds = {"ours": [1.0, 10.0, 2.0], "theirs": [2.0, 40.0, 6.0]}
+    assert pairs.ratios(seconds, "ours")["theirs"] == {"median": 3.0, "min": 2.0, "max": 4.0, "n": 3}
+    assert pairs.ratios(seconds, "theirs")["ours"]["median"] == pytest.approx(1 / 3)
+    # medians of the seconds alone would have said 6 / 2, by luck, and with another order of rounds something else
+    shuffled = {"ours": [1.0, 2.0, 10.0], "theirs": [2.0, 40.0, 6.0]}
+    assert pairs.ratios(shuffled, "ours")["theirs"]["median"] == 2
+
+
+TURNS = {
+    name: {"seconds": seconds, "page_faults": [5.0, 5.0], "set_up_seconds": 1.0, "peak_bytes": 2.0**30}
+    for name, seconds in {
+        "official eval": [8.0, 10.0],
+        "official train": [9.0, 12.0],
+        "AT-AWP fp32 eval": [4.0, 4.0],
+        "AT-AWP fp32 train": [6.0, 6.0],
+        "AT fp32 eval": [3.2, 3.2],
+        "AT-AWP bf16 eval, amortised": [2.0, 2.0],
+        "floor fp32": [3.2, 4.0],
+        "perturb and restore": [0.04, 0.04],
+    }.items()
+}
+NEEDED = {kind: {"flops": 4e9} for kind in ("AT-AWP", "AT", "amortised")}
+PEAK = {"fp32": {"flops_per_second": 2e9, "by": "a"}, "bf16": {"flops_per_second": 4e9, "by": "b"}}
+
+
+def test_every_contender_is_judged_by_its_own_mode_and_precision():
+    summary = training_step.judged(TURNS, NEEDED, PEAK)
+    ours = summary["AT-AWP fp32 eval"]
+    assert ours["times_faster"] == {"median": 2.25, "min": 2.0, "max": 2.5, "n": 2}
+    assert summary["AT-AWP fp32 train"]["times_faster"]["max"] == 2
+    assert ours["over_floor"] == {"median": 1.125, "min": 1.0, "max": 1.25, "n": 2}
+    assert ours["share_of_peak"] == 0.5
+    assert summary["AT-AWP bf16 eval, amortised"]["share_of_peak"] == 0.5
+    assert "over_floor" not in summary["AT fp32 eval"]
+    assert "share_of_peak" not in summary["perturb and restore"]
+    added = training_step.adding(TURNS)
+    assert added["AT-AWP fp32 eval, over AT fp32 eval"]["median"] == pytest.approx(0.25)
+    assert added["perturb and restore, of AT-AWP fp32 eval"]["median"] == pytest.approx(0.01)
+    assert training_step.shown(summary, added, TURNS).count("\n") == len(TURNS) + len(added) + 2
+
+
+def test_all_contenders_have_names_of_their_own_and_the_default_ones_exist():
+    names = [each.name for each in training_step.contenders(SMALL)]
+    assert len(set(names)) == len(names)
+    asked = [pattern for pattern in training_step.DEFAULT if not pattern.startswith("ART")]
+    assert all(training_step.chosen(training_step.contenders(SMALL), [pattern]) for pattern in asked)
+    with pytest.raises(SystemExit, match="contenders: expected some of"):
+        training_step.chosen(training_step.contenders(SMALL), ["nobody"])
+
+
+@pytest.mark.parametrize("objective", ["at", "trades"])
+def test_every_contender_on_a_cpu_takes_a_step(objective):
+    setting = training_step.replace(SMALL, objective=objective)
+    for each in training_step.contenders(setting):
+        if not each.name.startswith("ART") and "fp16" not in each.name and not each.name.endswith("compiled"):
+            each.make(each.setting)()
+
+
+def test_a_slope_is_the_exponent():
+    assert growth.slope([2, 4, 8], [5 * a**1.5 for a in (2, 4, 8)]) == pytest.approx(1.5)
+    assert training_step.Setting().__dict__.keys() >= growth.VALUES.keys() == growth.QUICK.keys() == growth.WORDS.keys()
+
+
+def test_the_process_of_a_first_step_is_what_this_python_runs():
+    commands = first_step.commands(1, 2)
+    assert all(command[0] == sys.executable for command in commands.values())
+    compile(first_step.FIRST_STEP, "first step", "exec")
+
+
+SPREAD = {"median": 2.0, "min": 1.0, "max": 3.0, "n": 3}
+MACHINE = {"cuda": None, "threads": 2, "processor": "some CPU", "torch": "2.13.0", "device": "cpu"}
+
+
+def test_records_become_tables(tmp_path):
+    summary = training_step.judged(TURNS, NEEDED, PEAK)
+    common = {"setting": vars(SMALL), "rounds": 2, "environment": MACHINE}
+    made = {
+        "training-step": {"summary": summary, "turns": TURNS, "peak": PEAK, "added": training_step.adding(TURNS)},
+        "profile-fp32": {"contender": "AT-AWP fp32 eval", "taken": {"activation": 0.5, "all": 2.0}},
+        "memory": {
+            "bytes": {"AT": {"counted": 2**20}}, "copies_over_at": {"AT": {"counted": 0.0, "measured": SPREAD}},
+            "copy_bytes": 2**21,
+        },
+        "growth": {"growth": {"steps": {"values": [1, 2], "slope": SPREAD, "slope_of_flops": 1.0}}},
+        "data-pipeline": {"summary": {"crop": {"images_per_second": SPREAD, "share_of_step": SPREAD}}},
+        "first-step": {"batch_size": 64, "summary": {"import torch": SPREAD}},
+    }  # fmt: skip
+    for name, content in made.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps({**common, **content}))
+    text = tables.compared(tmp_path)
+    assert (
+        "| AT-AWP fp32 eval | 4.000 (4.000 to 4.000) | 2.25 (2.00 to 2.50) | 1.12 (1.00 to 1.25) | 50% | 1024 |" in text
+    )
+    assert "| perturb and restore, of AT-AWP fp32 eval | 1.0% (1.0% to 1.0%) | 2 |" in text
+    assert "| activation | 500.0 | 25.0% |" in text
+    assert "| AT | 1.0 | +0.000 | +2.00 (+1.00 to +3.00) |" in text
+    assert "| steps | 1, 2 | 2.00 (1.00 to 3.00) | 1.00 |" in text
+    assert "| crop | 2 (1 to 3) | 200.00% (100.00% to 300.00%) |" in text
+    assert "| import torch | 2.00 (1.00 to 3.00) |" in text
+    assert text.count("2 threads of some CPU, torch 2.13.0") == len(made)
+    for block in re.findall(r"(?:^\|.*\n?)+", text, re.MULTILINE):
+        assert len({line.count("|") for line in block.strip().splitlines()}) == 1, "as many cells in every line"
+    gpu = {**common, **made["growth"], "environment": {**MACHINE, "cuda": "12.8", "device": "some GPU"}}
+    (tmp_path / "growth.json").write_text(json.dumps(gpu))
+    assert "on some GPU, torch 2.13.0" in tables.compared(tmp_path)
+
+
+def test_an_empty_record_has_no_tables(tmp_path):
+    assert tables.compared(tmp_path) == ""
+
+
+@pytest.mark.parametrize("name", ["pairs", "floor", "alive", "growth", "training_step", "benchmarks.memory"])
+def test_examples_in_docstrings_hold(name):
+    failed, tried = doctest.testmod(importlib.import_module(name))
+    assert tried > 0
+    assert failed == 0
