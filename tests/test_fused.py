@@ -10,9 +10,10 @@ from networks import equal_states, state
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from saltflat import AT, PGD, Linf
+from saltflat import AT, PGD, Layerwise, Linf, double_perturbation_step
 from saltflat.lean import leaner
-from saltflat.lean.convolution import Fixed, supported
+from saltflat.lean.convolution import Fixed
+from saltflat.lean.packed import supported
 from saltflat.models import preact_resnet18, small_resnet, vgg19_bn, wide_resnet
 
 pytestmark = pytest.mark.skipif(not supported(torch.float32), reason="this machine has no oneDNN")
@@ -281,3 +282,46 @@ def test_the_gradient_of_the_branch():
     expected = torch.autograd.grad(F.relu(module(x) + r - 0.5), (x, r), g)
     for one, other in zip(found, expected, strict=True):
         assert torch.allclose(one, other, atol=1e-5)
+
+
+class Counted(TorchDispatchMode):
+    """Forwards, input gradients and weight gradients of convolutions, whoever computes them."""
+
+    def __init__(self):
+        super().__init__()
+        self.fixed, self.plain = 0, [0, 0, 0]
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        if name == "_convolution_pointwise":
+            self.fixed += 1
+        elif name == "convolution_backward":
+            self.plain[1] += args[-1][0]
+            self.plain[2] += args[-1][1]
+        elif name == "convolution":
+            self.plain[0] += 1
+        return function(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("ball", [None, Layerwise(0.01)])
+def test_a_step_has_as_many_forwards_as_on_the_model_itself_counted_at_the_convolutions(ball):
+    """On the lean network most input gradients come by an operation like a forward; with a stride, by the usual one."""
+    network, x, y = used(small_resnet(10), 3, 16, 16).train(), torch.rand(4, 3, 16, 16), torch.arange(4)
+    convolutions = [module for module in network.modules() if isinstance(module, nn.Conv2d)]
+    strided = sum(module.stride != (1, 1) and module.kernel_size != (1, 1) for module in convolutions)
+    steps, attack_on, total = 5, leaner(), len(convolutions)
+    attack = PGD(Linf(8 / 255), 2 / 255, steps)
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
+
+    def step():
+        double_perturbation_step(
+            network, x, y, objective=AT(), attack=attack, ball=ball, optimizer=optimizer, attack_on=attack_on
+        )
+
+    step()  # the first tries the lean network
+    with Counted() as seen:
+        step()
+    outer = 1 if ball is None else 2
+    first = 1  # whose input needs no gradient in the outer passes
+    assert seen.fixed == steps * (2 * total - strided)
+    assert seen.plain == [outer * total, steps * strided + outer * (total - first), outer * total]

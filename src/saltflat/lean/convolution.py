@@ -2,13 +2,11 @@
 
     y = relu( W * x + b + r ),      dL/dx = Wᵀ * g,    dL/dr = g,      g = dL/dy  where y > 0,  else 0
 
-W * x is the convolution, Wᵀ * g its transpose: for a stride of 1, that is the convolution of g with the weights turned
-around (rows and columns reversed, channels exchanged). b comes from the norm after the convolution, r is the branch
-that is added, and both they and the ReLU may be missing. W has no gradient.
+W * x is the convolution, Wᵀ * g its transpose: for a stride of 1, or a filter of one pixel, that is the convolution of
+g with the weights turned around (rows and columns reversed, channels exchanged). b comes from the norm after the
+convolution, r is the branch that is added, and both they and the ReLU may be missing. W has no gradient.
 
-oneDNN, which torch's convolutions are on x86, lays out weights anew in every call, and every other operation would read
-and write a map once more; a packed weight and "post-ops" spare both. Their names in torch, `torch.ops.mkldnn`, are
-those that its own compiler uses.
+Which way it is computed, `packed` or `winograd`, is a matter of shapes alone.
 """
 
 from __future__ import annotations
@@ -20,22 +18,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-DTYPES = (torch.float32, torch.bfloat16)
+from saltflat.lean.packed import Packed
+from saltflat.lean.winograd import Winograd, pays
+
 LAST = torch.channels_last
 
 
-def supported(dtype: torch.dtype) -> bool:
-    """This machine has such convolutions."""
-    if not torch.backends.mkldnn.is_available() or dtype not in DTYPES:  # type: ignore[no-untyped-call]
-        return False
-    try:
-        return dtype is torch.float32 or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-    except (AttributeError, RuntimeError):
-        return False
-
-
 class Fixed:
-    """relu(W * x + b + r), for one shape of images.
+    """relu(W * x + b + r), with a gradient of x and of r.
 
     Args:
         module: gives W, its stride and so on; zeros around the map.
@@ -56,8 +46,8 @@ class Fixed:
         self.stride, self.dilation = list(module.stride), list(module.dilation)
         self.padding, self.groups = [int(size) for size in module.padding], module.groups
         self.mirrored = [d * (k - 1) - p for k, p, d in zip(weight.shape[2:], self.padding, self.dilation, strict=True)]
-        self.forwards: _Packed | None = None
-        self.backwards: _Packed | None = None
+        self.forwards: dict[torch.Size, Packed | Winograd] = {}  # by height and width
+        self.backwards: dict[torch.Size, Packed | Winograd] = {}
 
     def __call__(self, x: Tensor, r: Tensor | None = None) -> Tensor:
         if r is not None and r.shape != self.shape(x):  # one of them is broadcast
@@ -77,13 +67,16 @@ class Fixed:
         return other
 
     def forward(self, x: Tensor, r: Tensor | None) -> Tensor:
-        if self.forwards is None:
-            self.forwards = _Packed(self.weight, self.padding, self.stride, self.dilation, self.groups, x.shape)
-        return self.forwards(x, self.bias, r, self.relu)
+        if x.shape[2:] not in self.forwards:
+            self.forwards[x.shape[2:]] = _computed(
+                self.weight, self.padding, self.stride, self.dilation, self.groups, x.shape
+            )
+        return self.forwards[x.shape[2:]](x, self.bias, r, self.relu)
 
     def input_gradient(self, g: Tensor, shape: torch.Size) -> Tensor:
         """Wᵀ * g, for an input of that shape."""
-        if self.stride != [1, 1] or self.groups != 1 or min(self.mirrored) < 0:
+        one_pixel = self.weight.shape[2:] == (1, 1) and self.padding == [0, 0]
+        if not (self.stride == [1, 1] or one_pixel) or self.groups != 1 or min(self.mirrored) < 0:
             like = torch.empty(shape, dtype=g.dtype, memory_format=LAST)
             found: tuple[Tensor, ...] = torch.ops.aten.convolution_backward(
                 g,
@@ -99,33 +92,24 @@ class Fixed:
                 [True, False, False],
             )
             return found[0]
-        if self.backwards is None:
+        if g.shape[2:] not in self.backwards:
             turned = self.weight.flip(2, 3).transpose(0, 1).contiguous(memory_format=LAST)
-            self.backwards = _Packed(turned, self.mirrored, self.stride, self.dilation, 1, g.shape)
-        return self.backwards(g, None, None, False)
+            self.backwards[g.shape[2:]] = _computed(turned, self.mirrored, [1, 1], self.dilation, 1, g.shape)
+        x = self.backwards[g.shape[2:]](g)
+        if self.stride == [1, 1]:
+            return x
+        spread = torch.empty(shape, dtype=g.dtype, memory_format=LAST).zero_()
+        spread[:, :, :: self.stride[0], :: self.stride[1]] = x
+        return spread
 
 
-class _Packed:
-    """A weight as oneDNN wants it for images of some shape; others are computed, too."""
-
-    def __init__(
-        self, weight: Tensor, padding: list[int], stride: list[int], dilation: list[int], groups: int, shape: torch.Size
-    ) -> None:
-        self.settings = padding, stride, dilation, groups
-        self.weight = torch._C._nn.mkldnn_reorder_conv2d_weight(  # type: ignore[call-arg]
-            weight.to_mkldnn(), padding, stride, dilation, groups, list(shape)
-        )
-
-    def __call__(self, x: Tensor, b: Tensor | None, r: Tensor | None, relu: bool) -> Tensor:
-        after = "relu" if relu else "none"
-        y: Tensor
-        if r is None:
-            y = torch.ops.mkldnn._convolution_pointwise(x, self.weight, b, *self.settings, after, [], "")
-        else:
-            y = torch.ops.mkldnn._convolution_pointwise.binary(
-                x, r, self.weight, b, *self.settings, "add", 1.0, "relu" if relu else None, [], None
-            )
-        return y
+def _computed(
+    weight: Tensor, padding: list[int], stride: list[int], dilation: list[int], groups: int, shape: torch.Size
+) -> Packed | Winograd:
+    """The convolution of images of that shape, in the way that is fastest."""
+    if pays(weight, padding, stride, dilation, groups, shape):
+        return Winograd(weight, shape)
+    return Packed(weight, padding, stride, dilation, groups, shape)
 
 
 class _Function(torch.autograd.Function):

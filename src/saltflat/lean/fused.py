@@ -19,9 +19,10 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from saltflat.lean.convolution import Fixed, supported
+from saltflat.lean.convolution import Fixed
 from saltflat.lean.layers import Call, Layers, Untraceable
 from saltflat.lean.norms import Affine, is_affine, scale_and_shift
+from saltflat.lean.packed import supported
 
 Logits = Callable[[Tensor], Tensor]
 RELUS = (F.relu, torch.relu, torch.relu_, "relu", "relu_")
