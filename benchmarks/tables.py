@@ -1,6 +1,8 @@
 """What the records of the other scripts show, as Markdown."""
 
 import json
+import math
+import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -8,7 +10,8 @@ from typing import Any
 
 def compared(record: Path) -> str:
     """A table or two of every kind of file that is there: parity-*.json, speed-*.json, training-step*.json,
-    profile*.json, memory*.json, growth*.json, data-pipeline*.json, first-step*.json; each with what was run on what.
+    profile*.json, memory*.json, growth*.json, data-pipeline*.json, first-step*.json, arms*.json, alignment*.json; each
+    with what was run on what.
     """
 
     def found(pattern: str) -> list[dict[str, Any]]:
@@ -141,7 +144,54 @@ def _first_step(found: dict[str, Any]) -> list[str]:
     return [f"**Until something happens**: {words}", _markdown(("", "seconds"), rows)]
 
 
+def arms_beside(arms: Mapping[str, Mapping[str, Any]], reference: str) -> str:
+    """A row an arm, the reference first: every quantity, and below it how far that is from the reference's."""
+    names = list(arms[reference]["values"])
+    rows = []
+    for arm in (reference, *(other for other in arms if other != reference)):
+        of = arms[arm]
+        rows.append([f"**{arm}**", str(of["n"]), *(_over_seeds(of["values"][name], "") for name in names)])
+        if arm != reference:
+            rows.append([f"− {reference}", "", *(_over_seeds(of["differences"][name], "+") for name in names)])
+    return _markdown(("", "n", *names), rows)
+
+
+def _over_seeds(by_seed: Mapping[Any, float], sign: str) -> str:
+    """Mean and sample standard deviation."""
+    values = list(by_seed.values())
+    if len(values) < 2:
+        return f"{values[0]:{sign}.2f}" if values else ""
+    mean, deviation = statistics.mean(values), statistics.stdev(values)
+    places = max(0, min(4, 1 - math.floor(math.log10(deviation)))) if deviation > 0 else 2
+    return f"{mean:{sign}.{places}f} ± {deviation:.{places}f}"
+
+
+def _arms(found: dict[str, Any]) -> list[str]:
+    of = found["config"]
+    words = (
+        f"{of['model.name']} on {of['data.name']}, {of['data.examples']} training images, "
+        f"{of['optimizer.epochs']} epochs, the last epoch, at w; mean ± sample "
+        "standard deviation over n seeds; below, of the differences seed by seed."
+    )
+    return [f"**Arms**: {words}", arms_beside(found["arms"], found["reference"])]
+
+
+def _alignment(found: dict[str, Any]) -> list[str]:
+    rows = []
+    for run, by_mode in found["cosines"].items():
+        cells = [f"{statistics.mean(values):.3f} ± {statistics.stdev(values):.3f}" for values in by_mode.values()]
+        rows.append([run, *cells])
+    words = (
+        f"cosines between AWP's displacement and the amortised one, on the checkpoint {found['checkpoint']} of runs, "
+        f"{found['batches']} training batches each; mean ± sample standard deviation over batches."
+    )
+    modes = ("joint gradient in the attack's mode", "in the mode of training")
+    return [f"**Directions**: {words}", _markdown(("run", *modes), rows)]
+
+
 SHOWN = {
+    "arms*.json": _arms,
+    "alignment*.json": _alignment,
     "training-step*.json": _training_step,
     "profile*.json": _profile,
     "memory*.json": _memory,

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -17,10 +18,14 @@ from networks import batch, convolutional
 from oracles.proxy_awp import at_loss, proxy_step, trades_loss
 
 from saltflat import AT, PGD, TRADES, Layerwise, Linf, double_perturbation_step, models
+from saltflat.lab import record
+from saltflat.lab.config import Awp
+from saltflat.lab.recipes import RECIPES
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 sys.path.append(str(BENCHMARKS))  # as for a script that is run from there; at the end: `memory` is here, too
 
+import arms  # noqa: E402
 import first_step  # noqa: E402
 import growth  # noqa: E402
 import official  # noqa: E402
@@ -388,3 +393,31 @@ def test_examples_in_docstrings_hold(name):
     failed, tried = doctest.testmod(importlib.import_module(name))
     assert tried > 0
     assert failed == 0
+
+
+def test_arms_are_paired_seed_by_seed():
+    arms_found = {
+        "exact": {"n": 2, "values": {"gap, nats": {0: 1.0, 1: 3.0}}, "differences": {"gap, nats": {0: 0.0, 1: 0.0}}},
+        "cheap": {"n": 2, "values": {"gap, nats": {0: 1.5, 1: 4.5}}, "differences": {"gap, nats": {0: 0.5, 1: 1.5}}},
+    }
+    rows = tables.arms_beside(arms_found, "exact").splitlines()
+    assert [row.split("|")[1].strip() for row in rows[2:]] == ["**exact**", "**cheap**", "− exact"]
+    assert "2.0 ± 1.4" in rows[2]
+    assert "+1.00 ± 0.71" in rows[4]
+
+
+def test_arms_are_read_from_runs_that_differ_in_more_than_their_seeds(tmp_path):
+    for arm, gamma in (("exact", 0.1), ("cheap", 0.2)):
+        for seed in (0, 1):
+            made = replace(RECIPES["at-awp"], seed=seed, awp=Awp(gamma=gamma))
+            record.create(tmp_path / f"{arm}-seed{seed}", made, {}, {})
+            of = {"n": 10, "clean_accuracy": 0.9, "robust_accuracy": 0.5 + gamma * seed, "robust_loss": 1.0}
+            line = {"epoch": 1, "train": {**of, "robust_accuracy": 0.9}, "test": of}
+            record.append_metrics(tmp_path / f"{arm}-seed{seed}", line)
+    found = arms.summary(arms.arms(tmp_path), "exact")
+    assert {arm: of["settings"] for arm, of in found.items()} == {
+        "cheap": {"awp.gamma": "0.2"},
+        "exact": {"awp.gamma": "0.1"},
+    }
+    assert found["cheap"]["values"]["gap, points"] == pytest.approx({0: 40.0, 1: 20.0})
+    assert found["cheap"]["differences"]["gap, points"] == pytest.approx({0: 0.0, 1: -10.0})

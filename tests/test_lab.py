@@ -549,8 +549,8 @@ FIELDS = {
     "objective": "name beta",
     "attack": "norm eps step_size steps start mode replays stop_on_collapse final_forward",
     "awp": (
-        "method gamma warmup steps step_size alternations step_inside share truncated amortised joint_mode every c increase "
-        "eta beta shrink offset"
+        "method gamma warmup steps step_size alternations step_inside share truncated amortised joint_mode every c "
+        "increase eta beta shrink offset"
     ),
     "optimizer": (
         "epochs batch_size learning_rate schedule warmup momentum nesterov weight_decay decayed average swa_from "
