@@ -18,6 +18,7 @@
 
 set -euo pipefail
 export PYTHONUNBUFFERED=1
+SECONDS=0 # bash counts them; whoever called might have had a variable of that name
 
 fail() {
   echo "speedrun: $1" >&2
@@ -46,7 +47,7 @@ again() {
   exit 75
 }
 
-# saltflat with these words, within what is left of the piece: bash counts its own SECONDS.
+# saltflat with these words, within what is left of the piece.
 saltflat() {
   local left=$((piece - SECONDS)) code=0
   ((left > 0)) || again

@@ -21,6 +21,7 @@ from saltflat import AT, L2, MART, PGD, TRADES, Global, Layerwise, Linf, double_
 from saltflat.inputs import gaussian, uniform, zero
 from saltflat.neighbours.amortised import alignment, amortised_step, overall
 from saltflat.objectives import ce, kl
+from saltflat.step import itself
 from saltflat.weights import default, trained
 
 OBJECTIVES = [AT(), TRADES(6.0), MART(5.0)]
@@ -113,6 +114,22 @@ def test_in_joint_mode_outer_the_last_step_and_v_are_those_of_the_mode_that_the_
     stepped(exact, x, y, step=double_perturbation_step, attack_mode=attack_mode)
     if attack_mode == "eval":  # the descent's forward is the one that running statistics see, in both
         assert model[1].num_batches_tracked == exact[1].num_batches_tracked == 1 - frozen
+
+
+@pytest.mark.parametrize("attack_on", [itself, lambda model: copy.deepcopy(model)], ids=["itself", "another"])
+def test_in_joint_mode_outer_trades_s_clean_logits_are_of_that_mode_too(attack_on):
+    model, (x, y) = convolutional().train(), batch()
+    twin, objective, attack = copy.deepcopy(model), TRADES(6.0), replace(ATTACK, steps=1)
+    found = alignment(
+        model, x, y, objective=objective, attack=attack, joint_mode="outer", attack_on=attack_on, generator=generator()
+    )
+    start = x + ATTACK.start(ATTACK.ball, x, generator())
+    leaf = start.clone().requires_grad_()
+    g_x, *g_w = torch.autograd.grad(objective.inner(twin, x, y)(leaf).sum(), [leaf, *weights_in_order(twin)])
+    h = gradient(model, lambda: objective.outer(model, x, x + attack.ahead(g_x, start - x, x), y))
+    for (name, _), g in zip(chosen(twin), g_w, strict=True):
+        expected = (g * h[name]).sum() / (g.norm() * h[name].norm())
+        torch.testing.assert_close(found[name], expected, rtol=1e-9, atol=1e-12)
 
 
 def chosen(model):

@@ -6,13 +6,14 @@ import operator
 import pytest
 import torch
 import torch.nn.functional as F
-from networks import equal_states, state
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from saltflat import AT, PGD, Layerwise, Linf, double_perturbation_step
 from saltflat.lean import leaner
 from saltflat.lean.convolution import Fixed
+from saltflat.lean.fused import Fused
+from saltflat.lean.layers import Layers
 from saltflat.lean.packed import supported
 from saltflat.models import preact_resnet18, small_resnet, vgg19_bn, wide_resnet
 
@@ -44,12 +45,11 @@ def off(found, exact):
 
 
 def same(network, x, tolerance=3e-6):
-    """As near to the network in fp64 as rounding in fp32 allows, and as the network itself comes."""
-    logits = leaner()(network)
+    """As near to the network in fp64 as rounding in fp32 allows, without falling back on the network."""
+    logits = Fused(Layers(network), None)
     exact = answers(lambda leaf: copy.deepcopy(network).double()(leaf.double()), x)
     for found, wanted in zip(answers(logits, x), exact, strict=True):
         assert off(found, wanted) < tolerance
-    assert logits is not network
 
 
 def operations(logits, x):
@@ -142,6 +142,7 @@ JOINS = {
     "two uses of the sum": lambda of, x, y: (lambda z: F.relu(z) * z)(x + y),
     "scaled": lambda of, x, y: torch.add(x, y, alpha=2),
     "a number": lambda of, x, y: F.relu(y + 1),
+    "a number that the trace computes": lambda of, x, y: F.relu(y + x.shape[0]),
     "a branch with a convolution": lambda of, x, y: F.relu(y + of.other(x)),
     "a convolution that comes later": lambda of, x, y: F.relu(of.other(F.relu(y)) + of.other(x)),
     "a broadcast branch": lambda of, x, y: F.relu(y + x.mean((2, 3), keepdim=True)),
@@ -171,95 +172,6 @@ def test_a_preact_network_has_as_many_convolutions_as_before_and_no_norm():
     assert not any("batch_norm" in name for name in names)
 
 
-def test_weights_are_read_anew_and_have_no_gradient():
-    network, x, remembering = used(small_resnet(10), 3, 16, 16), torch.rand(3, 3, 16, 16), leaner()
-    for _ in range(3):
-        assert off(remembering(network)(x), network(x)) < 1e-5
-        answers(remembering(network), x)
-        assert all(parameter.grad is None for parameter in network.parameters())
-        with torch.no_grad():
-            for tensor in (*network.parameters(), *(b for b in network.buffers() if b.is_floating_point())):
-                tensor.mul_(1.1)
-
-
-def test_batches_and_images_of_other_sizes():
-    network, remembering = used(small_resnet(10), 3, 16, 16), leaner()
-    logits = remembering(network)
-    for shape in ((4, 3, 16, 16), (1, 3, 16, 16), (7, 3, 16, 16), (2, 3, 24, 16)):
-        x = torch.rand(shape)
-        for found, wanted in zip(answers(logits, x), answers(network, x), strict=True):
-            assert off(found, wanted) < 1e-4
-
-
-def test_another_model_is_another_model():
-    remembering, x = leaner(), torch.rand(2, 3, 16, 16)
-    for seed in range(3):
-        torch.manual_seed(seed)
-        network = used(small_resnet(10), 3, 16, 16)
-        assert off(remembering(network)(x), network(x)) < 1e-5
-
-
-def test_the_model_is_left_as_it_was():
-    network = used(small_resnet(10), 3, 16, 16)
-    before, identities = state(network), [id(tensor) for tensor in (*network.parameters(), *network.buffers())]
-    answers(leaner()(network), torch.rand(3, 3, 16, 16))
-    answers(leaner(torch.bfloat16)(network), torch.rand(3, 3, 16, 16))
-    assert equal_states(state(network), before)
-    assert identities == [id(tensor) for tensor in (*network.parameters(), *network.buffers())]
-    assert not any(module.training for module in network.modules())
-
-
-class Decides(nn.Module):
-    """Its forward looks at numbers."""
-
-    def __init__(self):
-        super().__init__()
-        self.layer = nn.Conv2d(1, 2, 3)
-
-    def forward(self, x):
-        return self.layer(x) if x.sum() > 0 else x
-
-
-def test_the_model_itself_where_there_is_no_telling():
-    hooked = nn.Sequential(nn.Conv2d(1, 2, 3))
-    hooked.register_forward_hook(lambda module, given, found: 2 * found)
-    for network in (Decides(), nn.Sequential(nn.Linear(4, 2)), nn.Sequential(nn.Conv2d(1, 2, 3)).double(), hooked):
-        assert leaner()(network.eval()) is network
-    training = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Dropout())
-    assert leaner()(training) is training
-
-
-def test_a_trace_that_is_wrong_is_left():
-    class Wrong(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.layer, self.scale = nn.Conv2d(1, 2, 3), 1.0
-
-        def forward(self, x):
-            return self.layer(x) * self.scale
-
-    remembering, network, x = leaner(), Wrong().eval(), torch.rand(2, 1, 4, 4)
-    logits = remembering(network)
-    network.scale = 2.0
-    assert torch.equal(logits(x), network(x))
-    assert remembering(network) is network
-
-
-def test_an_attack_on_it_is_the_attack_on_the_model():
-    torch.manual_seed(3)
-    network, x, y = used(small_resnet(10), 3, 16, 16), torch.rand(8, 3, 16, 16), torch.arange(8)
-    attack = PGD(Linf(8 / 255), 2 / 255, 10)
-    found = [
-        attack(AT().inner(of, x, y), x, generator=torch.Generator().manual_seed(0))
-        for of in (network, leaner()(network))
-    ]
-    assert (found[0] - found[1]).abs().gt(
-        1e-6
-    ).float().mean() < 0.01  # where a gradient is next to 0, its sign may turn
-    losses = [AT().inner(network, x, y)(x_adv) for x_adv in found]
-    assert off(losses[1], losses[0]) < 1e-3
-
-
 @pytest.mark.skipif(not supported(torch.bfloat16), reason="this machine has no bf16 convolutions")
 @pytest.mark.parametrize("name", ["preact", "wide"])
 def test_lower_precision(name):
@@ -276,7 +188,7 @@ def test_the_gradient_of_the_branch():
     torch.manual_seed(5)
     module = nn.Conv2d(3, 4, 3, padding=1)
     x, r = torch.rand(2, 3, 5, 5, requires_grad=True), torch.rand(2, 4, 5, 5, requires_grad=True)
-    fixed = Fixed(module, None, None, relu=True, dtype=torch.float32)
+    fixed = Fixed(module, None, relu=True, dtype=torch.float32)
     g = torch.randn(2, 4, 5, 5)
     found = torch.autograd.grad(fixed(x, r - 0.5), (x, r), g)
     expected = torch.autograd.grad(F.relu(module(x) + r - 0.5), (x, r), g)

@@ -92,7 +92,7 @@ def test_where_it_is_used(change, expected):
 def test_a_convolution_with_many_channels_takes_it_where_the_map_allows_and_gives_the_same_gradients(monkeypatch):
     monkeypatch.setattr(winograd, "CHANNELS", 8)
     module = nn.Conv2d(8, 16, 3, padding=1)
-    fixed = Fixed(module, None, None, relu=True, dtype=torch.float32)
+    fixed = Fixed(module, None, relu=True, dtype=torch.float32)
     for size, kind in ((8, Winograd), (6, Packed)):
         x, r = torch.randn(2, 8, size, size, requires_grad=True), torch.randn(2, 16, size, size, requires_grad=True)
         g = torch.randn(2, 16, size, size)

@@ -11,7 +11,6 @@ Which way it is computed, `packed` or `winograd`, is a matter of shapes alone.
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import torch
@@ -29,16 +28,15 @@ class Fixed:
 
     Args:
         module: gives W, its stride and so on; zeros around the map.
-        scale, shift: of every output channel, fp64, as of a norm that follows: (W * x + bias) scale + shift.
+        norm: scale and shift of every output channel, fp64, of a norm that follows: (W * x + bias) scale + shift.
         relu: whether there is one at the end.
-        dtype: what is computed in; x and r are in it, too.
+        dtype: what is computed in, and what x is in.
     """
 
-    def __init__(
-        self, module: nn.Conv2d, scale: Tensor | None, shift: Tensor | None, relu: bool, dtype: torch.dtype
-    ) -> None:
+    def __init__(self, module: nn.Conv2d, norm: tuple[Tensor, Tensor] | None, relu: bool, dtype: torch.dtype) -> None:
         weight, bias = module.weight.detach(), None if module.bias is None else module.bias.detach()
-        if scale is not None and shift is not None:
+        if norm is not None:
+            scale, shift = norm
             weight = weight * scale.to(weight.dtype)[:, None, None, None]
             bias = (shift if bias is None else bias.double() * scale + shift).to(weight.dtype)
         self.weight = weight.to(dtype).contiguous(memory_format=LAST)
@@ -49,29 +47,26 @@ class Fixed:
         self.forwards: dict[torch.Size, Packed | Winograd] = {}  # by height and width
         self.backwards: dict[torch.Size, Packed | Winograd] = {}
 
-    def __call__(self, x: Tensor, r: Tensor | None = None) -> Tensor:
-        if r is not None and r.shape != self.shape(x):  # one of them is broadcast
-            y: Tensor = _Function.apply(x, None, self.without_relu()) + r  # type: ignore[no-untyped-call]
-            return F.relu(y) if self.relu else y
-        y = _Function.apply(x, None if r is None else r.to(x.dtype), self)  # type: ignore[no-untyped-call]
-        return y
+    def __call__(self, x: Tensor, r: Any = None) -> Tensor:
+        y: Tensor
+        if r is None or (isinstance(r, Tensor) and (r.shape, r.dtype) == (self.shape(x), x.dtype)):
+            y = _Function.apply(x, r, self, self.relu)  # type: ignore[no-untyped-call]
+            return y
+        y = _Function.apply(x, None, self, False) + r  # type: ignore[no-untyped-call]
+        return F.relu(y) if self.relu else y
 
-    def shape(self, x: Tensor) -> tuple[int, ...]:
+    def shape(self, x: Tensor) -> torch.Size:
         """Of the map that it makes of x."""
         of = zip(x.shape[2:], self.weight.shape[2:], self.padding, self.dilation, self.stride, strict=True)
-        return (len(x), len(self.weight), *((size + 2 * p - d * (k - 1) - 1) // s + 1 for size, k, p, d, s in of))
+        sizes = ((size + 2 * p - d * (k - 1) - 1) // s + 1 for size, k, p, d, s in of)
+        return torch.Size((len(x), len(self.weight), *sizes))
 
-    def without_relu(self) -> Fixed:
-        other = copy.copy(self)
-        other.relu = False
-        return other
-
-    def forward(self, x: Tensor, r: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, r: Tensor | None, relu: bool) -> Tensor:
         if x.shape[2:] not in self.forwards:
             self.forwards[x.shape[2:]] = _computed(
                 self.weight, self.padding, self.stride, self.dilation, self.groups, x.shape
             )
-        return self.forwards[x.shape[2:]](x, self.bias, r, self.relu)
+        return self.forwards[x.shape[2:]](x, self.bias, r, relu)
 
     def input_gradient(self, g: Tensor, shape: torch.Size) -> Tensor:
         """Wᵀ * g, for an input of that shape."""
@@ -116,18 +111,21 @@ class _Function(torch.autograd.Function):
     """The above, with the gradients that stand at the head of this file."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, r: Tensor | None, fixed: Fixed) -> Tensor:
-        y = fixed.forward(x.contiguous(memory_format=LAST), None if r is None else r.contiguous(memory_format=LAST))
-        ctx.fixed, ctx.shape = fixed, x.shape
-        if fixed.relu:
+    def forward(ctx: Any, x: Tensor, r: Tensor | None, fixed: Fixed, relu: bool) -> Tensor:
+        with torch.autocast("cpu", enabled=False):  # types are as they were made
+            x = x.contiguous(memory_format=LAST)
+            y = fixed.forward(x, None if r is None else r.contiguous(memory_format=LAST), relu)
+        ctx.fixed, ctx.shape, ctx.relu = fixed, x.shape, relu
+        if relu:
             ctx.save_for_backward(y)
         return y
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        g = g.contiguous(memory_format=LAST)
-        if ctx.fixed.relu:
-            g = torch.ops.aten.threshold_backward(g, ctx.saved_tensors[0], 0)
-        x = ctx.fixed.input_gradient(g, ctx.shape) if ctx.needs_input_grad[0] else None
-        return x, g if ctx.needs_input_grad[1] else None, None
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        with torch.autocast("cpu", enabled=False):
+            g = g.contiguous(memory_format=LAST)
+            if ctx.relu:
+                g = torch.ops.aten.threshold_backward(g, ctx.saved_tensors[0], 0)
+            x = ctx.fixed.input_gradient(g, ctx.shape) if ctx.needs_input_grad[0] else None
+        return x, g if ctx.needs_input_grad[1] else None, None, None

@@ -63,7 +63,7 @@ class Winograd:
     """
 
     def __init__(self, weight: Tensor, shape: torch.Size) -> None:
-        g = torch.tensor(G)
+        g, self.channels = torch.tensor(G), len(weight)
         filters = weight.permute(2, 3, 0, 1).reshape(9, -1)
         products = (torch.kron(g, g) @ filters).view(N * N, *weight.shape[:2], 1, 1)
         tiles = torch.Size((1, shape[1], shape[0] * (shape[2] // M) * (shape[3] // M), 1))
@@ -80,6 +80,8 @@ class Winograd:
 
     def _convolved(self, x: Tensor) -> Tensor:
         n, channels, height, width = x.shape
+        if n == 0:
+            return x.new_empty(0, self.channels, height, width)
         ringed = F.pad(x.permute(0, 2, 3, 1), (0, 0, 1, 1, 1, 1))
         image, row, pixel, _ = ringed.stride()
         grid = (n, height // M, width // M)

@@ -81,8 +81,8 @@ def amortised_step(
     w is not known: `Step.loss` is that at w + v.
 
     Costs for AT: K1 forwards and input gradients, of which the last gives the weights' too; then a forward and a weight
-    gradient. TRADES asks for clean logits without gradient once, or twice (the climber's and the model's) where
-    `attack_on` is not left at its default.
+    gradient. TRADES asks for clean logits without gradient once, or twice (what the first steps climb on, and the joint
+    forward) where `attack_on` or `joint_mode` is not left at its default.
 
     Raises: ValueError for an attack that is not `PGD`; for a model whose gradients autograd alone does not have whole:
     sharded parameters (FSDP), and `DistributedDataParallel`, whose ranks would climb along different v; for an inner
@@ -102,10 +102,11 @@ def amortised_step(
             attack_on=attack_on, step_inside=step_inside, generator=generator,
         )  # fmt: skip
     pgd, weights, joint = _checked(attack), _differentiable(model, where), _joint_mode(model, joint_mode)
+    one = attack_on is itself and joint_mode == "attack"  # function of x' serves the whole attack
     g: dict[str, Tensor] = {}
 
     def attacked(f: Value, x: Tensor, *, start: Tensor | None = None, generator: Generator = None) -> Tensor:
-        whole = f if attack_on is itself else objective.inner(model, x, y)
+        whole = (lambda: f) if one else (lambda: objective.inner(model, x, y))
         x_adv, found = _jointly(pgd, f, whole, joint, x, weights, generator)
         g.update(found)
         return x_adv
@@ -154,10 +155,11 @@ def alignment(
     (['weight'], True)
     """
     pgd, weights, joint = _checked(attack), _differentiable(model, where), _joint_mode(model, joint_mode)
+    one = attack_on is itself and joint_mode == "attack"
     with buffers_kept(model):
         with in_mode(model, attack_mode):
             f = objective.inner(attack_on(model), x, y)
-            whole = f if attack_on is itself else objective.inner(model, x, y)
+            whole = (lambda: f) if one else (lambda: objective.inner(model, x, y))
             x_adv, g = _jointly(pgd, f, whole, joint, x, weights, generator)
         h = gradient(model, lambda: objective.outer(model, x, x_adv, y), where=where or default)
     return {name: (_unit(g[name]) * _unit(h[name])).sum() for name in g if name in h}
@@ -165,12 +167,16 @@ def alignment(
 
 def overall(model: nn.Module, cosines: Mapping[str, Tensor]) -> Tensor:
     """sum_l ‖w_l‖^2 c_l / sum_l ‖w_l‖^2: the cosine between the two displacements that `Layerwise` makes of gradients
-    with these cosines.
+    with these cosines, if none of them is 0.
+
+    Raises: ValueError for no cosines.
 
     >>> model = nn.Linear(4, 2)
     >>> overall(model, {"weight": torch.tensor(0.5)})
     tensor(0.5000)
     """
+    if not cosines:
+        raise ValueError("cosines: expected at least one, got none")
     squares = torch.stack([model.get_parameter(name).detach().square().sum() for name in cosines])
     return (squares * torch.stack([*cosines.values()])).sum() / squares.sum()
 
@@ -178,7 +184,7 @@ def overall(model: nn.Module, cosines: Mapping[str, Tensor]) -> Tensor:
 def _jointly(
     attack: PGD,
     f: Value,
-    whole: Value,
+    whole: Callable[[], Value],
     joint: Callable[[], AbstractContextManager[None]],
     x: Tensor,
     weights: Weights,
@@ -188,7 +194,8 @@ def _jointly(
 
     Args:
         f: x' -> (N,), what the first K1 - 1 steps climb on.
-        whole: x' -> (N,), a function of the weights too: what the last step climbs on, in a block of `joint`.
+        whole: gives x' -> (N,), a function of the weights too: what the last step climbs on, made and asked in a block
+            of `joint`.
 
     Tensors that `whole` does not reach are left out.
     """
@@ -199,7 +206,7 @@ def _jointly(
         g_x, _ = _gradients(f, x + v, ())
         v = attack.ahead(g_x, v, x)
     with joint():
-        g_x, g_w = _gradients(whole, x + v, weights.values())
+        g_x, g_w = _gradients(whole(), x + v, weights.values())
     found = {name: g for name, g in zip(weights, g_w, strict=True) if g is not None}
     dense = {name: g.to_dense() if g.is_sparse else g for name, g in found.items()}
     return x + attack.ahead(g_x, v, x), dense
