@@ -4,20 +4,21 @@
 
 For each run, batches of its training images as they are, of its own size, under its own attack: the cosine between
 the displacements that AWP would make of the amortised gradient and of its own (`amortised.overall`), with the joint
-gradient in the attack's mode and in that of training. Mean over batches, and their standard deviation.
+gradient in the attack's mode and in that of training. Mean over batches, and their sample standard deviation.
 """
 
 from __future__ import annotations
 
 import argparse
-import statistics
 from pathlib import Path
 from typing import Any
 
 import torch
+from tables import around_mean
 
 from saltflat.evaluation.suite import prepared
 from saltflat.lab import build, record
+from saltflat.lab.config import BadInput
 from saltflat.lab.subjects import from_run
 from saltflat.neighbours.amortised import alignment, overall
 from saltflat.random import seeded
@@ -47,7 +48,7 @@ def shown(found: dict[str, dict[str, list[float]]]) -> str:
     """A row a run."""
     rows = ["run                            attack's mode      training's mode"]
     for name, by_mode in found.items():
-        cells = [f"{statistics.mean(values):6.3f} ± {statistics.pstdev(values):.3f}" for values in by_mode.values()]
+        cells = [f"{around_mean(values):13}" for values in by_mode.values()]
         rows.append(f"{name:28} {'      '.join(cells)}")
     return "\n".join(rows)
 
@@ -61,9 +62,14 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=None)
     given = parser.parse_args()
+    if given.batches < 1:
+        raise SystemExit(f"batches: expected an integer >= 1, got {given.batches}")
     found: dict[str, Any] = {}
     for run in given.runs:
-        found[run.name] = cosines(run, given.checkpoint, given.data_path, given.batches, given.seed)
+        try:
+            found[run.name] = cosines(run, given.checkpoint, given.data_path, given.batches, given.seed)
+        except BadInput as error:
+            raise SystemExit(str(error)) from None
         print(shown({run.name: found[run.name]}).splitlines()[-1], flush=True)
     if given.out is not None:
         asked = {"checkpoint": given.checkpoint, "batches": given.batches, "seed": given.seed}

@@ -4,8 +4,9 @@
 
 FOLDER holds run folders ARM-seedN, evaluated and measured (`saltflat evaluate`, `saltflat flatness`). For every
 quantity: mean and sample standard deviation over seeds, and the same of the differences to the reference, seed by seed.
-Robust accuracies and gaps are those of the last epoch, at w. How long steps took says little where runs shared a
-machine: `training_step.py` measures that.
+Robust accuracies and gaps are those of the last epoch, at w. Runs of an arm that differ in more than their seeds, and
+runs that were not computed in one precision or not measured alike, are refused. How long steps took says little where
+runs shared a machine: `training_step.py` measures that.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from typing import Any
 from tables import arms_beside
 
 from saltflat.lab import record
-from saltflat.lab.report.runs import Run, read_run
+from saltflat.lab.config import BadInput
+from saltflat.lab.report.runs import Flatness, Outcome, Run, read_run
 from saltflat.lab.report.statistics import at, differing, last, over_seeds, paired
 
 Quantity = Callable[[Run], float | None]
@@ -58,13 +60,54 @@ def quantities(runs: Sequence[Run]) -> dict[str, Quantity]:
 
 
 def arms(folder: Path) -> dict[str, list[Run]]:
-    """Runs by arm, in the order of names."""
+    """Runs by arm, in the order of names; BadInput for a folder that is no run."""
     found: dict[str, list[Run]] = {}
     for path in sorted(folder.iterdir()):
         named = re.fullmatch(r"(.+)-seed(\d+)", path.name)
         if named is not None:
             found.setdefault(named[1], []).append(read_run(path))
     return found
+
+
+def mixture(by_arm: Mapping[str, Sequence[Run]]) -> str | None:
+    """Why runs cannot be compared, in a line; None if they can. Those of an arm have to differ in their seeds alone;
+    all have to be computed in one precision, and to be measured in the same way, on as many images.
+    """
+    for arm, runs in by_arm.items():
+        fields = [field for field in differing([run.config for run in runs]) if field != "seed"]
+        if fields:
+            return f"{arm}: expected runs that differ in their seeds alone, got several {', '.join(fields)}"
+        if len({run.seed for run in runs}) != len(runs):
+            return f"{arm}: expected one run a seed, got seeds {', '.join(str(run.seed) for run in runs)}"
+    everybody = [run for runs in by_arm.values() for run in runs]
+    seen = {run: measured_by(run) for run in everybody}
+    for what in dict.fromkeys(key for found in seen.values() for key in found):
+        ways = {found[what] for found in seen.values() if what in found}
+        if len(ways) > 1:
+            return f"{what}: expected the same of all runs, got {' and '.join(sorted(ways))}"
+    return None
+
+
+def measured_by(run: Run) -> dict[str, str]:
+    """In what precision it was trained, and how what is compared was measured, in words; only what is on record."""
+    found = {f"environment.{key}": run.environment[key] for key in ("precision",) if key in run.environment}
+    found |= {f"evaluation.{key}": value for key, value in run.evaluation.items()}
+    for epoch in run.epochs[-1:]:
+        found |= {"last epoch": str(epoch.number), "images": f"{epoch.train.n} of train, {epoch.test.n} of test"}
+    for one in run.outcomes:
+        if one.checkpoint == "last":
+            asked = {f"{attack.name}, last": in_words(one, attack.description) for attack in one.attacks}
+            found |= {name: how for name, how in asked.items() if name not in found}
+    for flat in run.flatness:
+        if flat.checkpoint == "last":
+            asked = {f"{measure.name}, last": in_words(flat, measure.settings) for measure in flat.measures}
+            found |= {name: how for name, how in asked.items() if name not in found}
+    return found
+
+
+def in_words(of: Outcome | Flatness, how: str) -> str:
+    settings = ", ".join(f"{key} {value}" for key, value in sorted(of.settings.items()))
+    return "; ".join(part for part in (f"{of.n} of {of.split}", how, settings) if part)
 
 
 def summary(by_arm: Mapping[str, Sequence[Run]], reference: str) -> dict[str, Any]:
@@ -94,9 +137,14 @@ def main() -> None:
     parser.add_argument("--reference", default="exact")
     parser.add_argument("--out", type=Path, default=None)
     given = parser.parse_args()
-    by_arm = arms(given.folder)
+    try:
+        by_arm = arms(given.folder)
+    except (BadInput, OSError) as error:
+        raise SystemExit(f"folder: {error}") from None
     if given.reference not in by_arm:
         raise SystemExit(f"reference: expected one of {', '.join(by_arm) or 'no arms'}, got {given.reference!r}")
+    if (why := mixture(by_arm)) is not None:
+        raise SystemExit(why)
     found = summary(by_arm, given.reference)
     print(arms_beside(found, given.reference))
     if given.out is not None:

@@ -26,7 +26,7 @@ from training_step import Setting, finished, ours
 from saltflat.data.augment import crop_flip, rotate
 from saltflat.data.images import to_float
 from saltflat.data.mix import cutmix, mixup, smoothed
-from saltflat.lab import record
+from saltflat.lab import memory, record
 
 Augment = Callable[[Tensor, torch.Generator], Tensor]
 Mix = Callable[[Tensor, Tensor, torch.Generator], tuple[Tensor, Tensor]]
@@ -53,6 +53,7 @@ WAYS: dict[str, tuple[Augment | None, Mix | None]] = {
 
 def batches(setting: Setting, *, way: str, number: int) -> Callable[[], Any]:
     """Makes that many batches in a call."""
+    memory.keep()
     torch.set_num_threads(setting.threads)
     augment, mix = WAYS[way]
     device = torch.device(setting.device)

@@ -1,10 +1,13 @@
-"""The floor that convolutions set: those of a training step, alone and back to back; and what the machine can do.
+"""The floor that direct convolutions set: a training step's, alone and back to back; and what the machine can do.
 
     floor = time of aten.convolution and aten.convolution_backward, call by call as a step made them, on tensors of the
             same shapes, strides and dtypes
     peak  = the most multiplications and additions a second that matrix products or a 1x1 convolution reach
 
-A multiplication and an addition are two operations (flops).
+These are the convolutions of the plain step, on the network itself: what every call lays out anew of its weights is
+in them, as it is in torch's. Who packs weights beforehand, or convolves in a way of fewer operations, can be under
+this floor. A multiplication and an addition are two operations (flops), and a convolution's are those of computing it
+directly; Winograd's way is 36 products here, each of which counts for itself.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+PACKED = "mkldnn::_convolution_pointwise"  # of a lean network, forward and input gradient alike
 FORWARD, BACKWARD = torch.ops.aten.convolution.default, torch.ops.aten.convolution_backward.default
 
 
@@ -33,9 +37,12 @@ class Like:
 
     @classmethod
     def of(cls, tensor: Tensor) -> Like:
-        return cls(tuple(tensor.shape), tensor.stride(), tensor.dtype)
+        packed = tensor.layout is not torch.strided
+        return cls(tuple(tensor.shape), () if packed else tensor.stride(), tensor.dtype)
 
     def made(self, device: str) -> Tensor:
+        if len(self.strides) != len(self.shape):
+            raise ValueError("calls: expected convolutions of the network itself, got some whose weights are packed")
         return torch.empty_strided(self.shape, self.strides, dtype=self.dtype, device=device).normal_()
 
 
@@ -52,7 +59,8 @@ class Call:
 
 
 class Convolutions(TorchDispatchMode):
-    """A block whose convolutions are written down, in order, in `calls`.
+    """A block whose convolutions are written down, in order, in `calls`. One of packed weights, which a lean network
+    makes for a convolution or for its input gradient, counts as a forward.
 
     >>> with Convolutions() as seen:
     ...     _ = torch.nn.Conv2d(3, 8, 3, padding=1)(torch.rand(2, 3, 4, 4)).sum().backward()
@@ -73,6 +81,9 @@ class Convolutions(TorchDispatchMode):
         elif operation is BACKWARD:
             wanted = args[10]
             self._note(operation, args, args[2], args[0], False, wanted[0], wanted[1])
+        elif operation.name().startswith(PACKED):
+            branch = operation is not torch.ops.mkldnn._convolution_pointwise.default  # added, and named first
+            self._note(operation, args, args[2 if branch else 1], made, True, False, False)
         return made
 
     def _note(self, operation: Any, args: Any, weight: Tensor, result: Tensor, *parts: bool) -> None:
@@ -123,11 +134,10 @@ def replayed(calls: Sequence[Call], device: str = "cpu") -> Callable[[], None]:
 
 
 def peak(dtype: torch.dtype, device: str, repeats: int = 5, sizes: Sequence[int] | None = None) -> dict[str, Any]:
-    """Operations a second of the fastest of some matrix products and 1x1 convolutions, and which of them that was. On a
-    GPU fp32 is what convolutions take it for there, TF32 where the device has it.
+    """Operations a second of the fastest of some matrix products and 1x1 convolutions, and which of them that was. For
+    fp32 on a GPU torch's switches say whether that is tf32.
     """
     gpu = torch.device(device).type == "cuda"
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32
     found = {}
     for size in sizes or ((4096, 8192, 16384) if gpu else (512, 1024, 2048)):
         a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))

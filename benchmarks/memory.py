@@ -1,9 +1,15 @@
 """How much memory a step needs at its peak, beyond adversarial training alone: counted, and measured.
 
     python benchmarks/memory.py --out memory.json
+    python benchmarks/memory.py --batch-size 8 --out memory-small-batch.json
     python benchmarks/memory.py --device cuda --out memory-gpu.json
 
-The unit is a copy of the weights that are perturbed. Counted is every tensor that is alive at once while the network,
+The unit is a copy of the weights that are perturbed. That AWP needs one of them more than AT, and the step inside two,
+holds where a step's maps are larger than a few copies of the weights: then both have their peak when those of the
+training pass are alive, beside w or v. For batches so small that maps weigh less (`--batch-size 8`), the peak is where
+v is found, and what is there for a moment, gradient and displacement, weighs more.
+
+Counted is every tensor that is alive at once while the network,
 its optimiser and two steps are made, operation by operation (`alive`). Measured is, on a CPU, the most memory that a
 process which does nothing else has held, and on a GPU the most that torch has handed out there; the former is also what
 an allocator keeps, and moves by a few percent from run to run.
@@ -29,13 +35,18 @@ STEPS = 2  # the first of them makes gradients and momentum
 
 
 def contenders(setting: Setting) -> list[Contender]:
-    """The first is what the others are compared with. All attack the network itself, in eval mode, in fp32."""
+    """The first is what the others are compared with. All attack in eval mode, in fp32: the network itself, or, as
+    recipes do on CPUs, the lean one, whose packed weights are there while the attack runs.
+    """
     take = partial(ours, attack_on_itself=True)
+    plain = setting.objective.upper()
     made = {
-        "AT": partial(take, awp=False),
-        "AT-AWP, step after": take,
-        "AT-AWP, step inside": partial(take, step_inside=True),
-        "AT-AWP, amortised": partial(take, amortised=True),
+        plain: partial(take, awp=False),
+        f"{plain}-AWP, step after": take,
+        f"{plain}-AWP, step inside": partial(take, step_inside=True),
+        f"{plain}-AWP, amortised": partial(take, amortised=True),
+        f"{plain}, lean attack": partial(ours, awp=False),
+        f"{plain}-AWP, step after, lean attack": ours,
         "official": partial(official, attack_mode="eval"),
     }
     return [Contender(name, make, setting) for name, make in made.items()]
@@ -100,12 +111,12 @@ def main() -> None:
     found: dict[str, Any] = {}
     for contender in everybody:
         found[contender.name] = {"counted": counted(contender), "measured": []}
-        print(f"counted  {contender.name:24} {found[contender.name]['counted'] / 2**20:9.1f} MiB", flush=True)
+        print(f"counted  {contender.name:32} {found[contender.name]['counted'] / 2**20:9.1f} MiB", flush=True)
     for number in range(given.rounds):
         for contender in everybody:
             found[contender.name]["measured"] += measured(contender, 1)
             latest = found[contender.name]["measured"][-1] / 2**20
-            print(f"round {number + 1}  {contender.name:24} {latest:9.1f} MiB", flush=True)
+            print(f"round {number + 1}  {contender.name:32} {latest:9.1f} MiB", flush=True)
     over = copies(found, unit)
     print(f"One copy of the perturbed weights: {unit / 2**20:.1f} MiB\n{shown(found, over)}")
     if given.out is not None:

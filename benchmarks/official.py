@@ -12,6 +12,9 @@ network, the proxy:
 
 It is what a step of ours is timed against, so it is neither slower nor faster than it has to be: nothing is added, and
 what the procedure wastes (weight gradients of the attack, the second network, its state dict in every step) stays.
+Nor is anything set that its authors leave alone: maps lie in torch's own layout, not channels-last, SGD is not fused,
+freed memory goes back to the kernel as torch's default allocator has it (`training_step` has contenders in which it
+stays), and on a GPU convolutions, but not products of matrices, compute fp32 in TF32.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -71,19 +72,25 @@ def _speed(found: list[dict[str, Any]]) -> list[str]:
 
 def _training_step(found: dict[str, Any]) -> list[str]:
     summary, turns = found["summary"], found["turns"]
-    head = ("", "seconds a step", "times faster than official", "over the floor", "of peak", "memory, MiB")
+    beside = {"times faster than official": "times_faster"}
+    if any("times_faster_than_art" in of for of in summary.values()):
+        beside["times faster than ART"] = "times_faster_than_art"
+    beside["over the floor"] = "over_floor"
+    head = ("", "seconds a step", *beside, "of peak", "memory, MiB")
     rows = []
     for name, of in summary.items():
         share = f"{of['share_of_peak']:.0%}" if "share_of_peak" in of else ""
         memory = turns[name].get("peak_gpu_bytes", turns[name]["peak_bytes"]) / 2**20
-        cells = [_around(of["seconds"], ".3f"), _around(of.get("times_faster")), _around(of.get("over_floor"))]
+        cells = [_around(of["seconds"], ".3f"), *(_around(of.get(key)) for key in beside.values())]
         rows.append([name, *cells, share, f"{memory:.0f}"])
     peaks = ", ".join(f"{of['flops_per_second'] / 1e9:.0f} Gflop/s in {name}" for name, of in found["peak"].items())
     words = (
         f"{_setting(found)}; {found['rounds']} rounds in which every contender, in a process of its own, takes its "
         f"turn, on {_machine(found)}. Medians, and the smallest to the largest; ratios are of turns of one round, to "
-        "the paper's procedure with its attack in the same mode, and to the convolutions of a step alone in the same "
-        f"precision. Peak, measured: {peaks}."
+        "the paper's procedure with its attack in the same mode, as torch is by default, and only for steps that do "
+        "the same work; and to the floor, torch's direct convolutions of the plain step in the same precision, alone, "
+        "with weights that are not packed beforehand. The share of the peak is of direct convolutions' operations, of "
+        f"which Winograd's way needs fewer. Peak, measured: {peaks}."
     )
     parts = [f"**A step of training**: {words}", _markdown(head, rows)]
     if found["added"]:
@@ -136,7 +143,8 @@ def _data_pipeline(found: dict[str, Any]) -> list[str]:
 
 
 def _first_step(found: dict[str, Any]) -> list[str]:
-    rows = [[name.strip(), _around(of, ".2f")] for name, of in found["summary"].items()]
+    summary = {re.sub("^ +", "of it: ", name): of for name, of in found["summary"].items()}
+    rows = [[name, _around(of, ".2f")] for name, of in summary.items()]
     words = (
         f"seconds of {found['rounds']} new processes each, PreActResNet-18, batch {found['batch_size']}, PGD-10, on "
         f"{_machine(found)}; the parts of the first step are those that its process tells."
@@ -176,10 +184,20 @@ def _arms(found: dict[str, Any]) -> list[str]:
     return [f"**Arms**: {words}", arms_beside(found["arms"], found["reference"])]
 
 
+def around_mean(values: Sequence[float]) -> str:
+    """Mean and sample standard deviation, which a single value has not.
+
+    >>> around_mean([1.0, 3.0]), around_mean([1.0])
+    ('2.000 ± 1.414', '1.000')
+    """
+    mean = f"{statistics.mean(values):.3f}"
+    return mean if len(values) < 2 else f"{mean} ± {statistics.stdev(values):.3f}"
+
+
 def _alignment(found: dict[str, Any]) -> list[str]:
     rows = []
     for run, by_mode in found["cosines"].items():
-        cells = [f"{statistics.mean(values):.3f} ± {statistics.stdev(values):.3f}" for values in by_mode.values()]
+        cells = [around_mean(values) for values in by_mode.values()]
         rows.append([run, *cells])
     words = (
         f"cosines between AWP's displacement and the amortised one, on the checkpoint {found['checkpoint']} of runs, "

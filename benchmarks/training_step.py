@@ -5,13 +5,20 @@
     python benchmarks/training_step.py --profile
 
 All do the same attack on the same network and batches, each in a process of its own, and take turns (`pairs`). The
-names say what a contender is: AT or AT-AWP, the precision, the mode that the network is attacked in. They are measured
-by
+names say what a contender is: AT or AT-AWP (TRADES or TRADES-AWP), the precision, the mode that the network is
+attacked in. They are measured by
 
-    official eval, train    the paper's procedure (`official`), with its attack in that mode
-    floor fp32, bf16        the convolutions of a step of AT-AWP, alone and back to back (`floor`)
+    official eval, train    the paper's procedure (`official`), with its attack in that mode, as torch is by default:
+                            its allocator, and TF32 in convolutions where a GPU has it. TRADES attacks in eval mode
+    official ..., memory kept    the same, with freed memory kept in the process, as ours does
+    floor fp32, bf16        the plain convolutions of a step of AT-AWP, alone and back to back (`floor`)
     AT ...                  the same step without the weight adversary
     peak                    the most operations a second that a product of matrices or a 1x1 convolution reaches here
+
+Ours are steps as recipes take them: fp16 with its loss scale, fp32 strictly that, tf32 a contender of its own on a GPU.
+How many times faster than others they are is told of steps that do the same work, exact AT-AWP at every batch; what
+amortised ones and every other one save is told over AT. Operations are those of direct convolutions, so that
+steps that need fewer, by Winograd's way, show a larger share of the peak than they take, and may be under the floor.
 
 `--profile` instead shows where the milliseconds of one contender's step go.
 """
@@ -23,13 +30,14 @@ import importlib.util
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from fnmatch import fnmatch
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Literal
+from unittest.mock import patch
 
 import torch
 from floor import counted, flops, peak, recorded, replayed
@@ -40,10 +48,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from saltflat import AT, PGD, TRADES, Layerwise, Linf, double_perturbation_step, models, perturbed
 from saltflat.lab import memory, record
+from saltflat.lab.climbing import attack_on
+from saltflat.lab.precision import DTYPES, running, taken_in
+from saltflat.lab.recipes import RECIPES
+from saltflat.lean.convolution import Fixed
+from saltflat.neighbours.amortised import amortised_step
+from saltflat.objectives import Objective
 
 Mode = Literal["eval", "train"]
 Step = Callable[[], Any]
-DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
 POOL = 4  # batches that are on hand, taken in turn
 
 
@@ -108,8 +122,10 @@ def finished(step: Step, device: str) -> Step:
     return whole if torch.device(device).type == "cuda" else step
 
 
-def official(setting: Setting, *, attack_mode: Mode) -> Step:
-    """The paper's procedure."""
+def official(setting: Setting, *, attack_mode: Mode, kept: bool = False) -> Step:
+    """The paper's procedure, under torch's defaults; `kept`: but with freed memory kept."""
+    if kept:
+        memory.keep()
     model, batch = started(setting)
     proxy = network(setting).to(setting.device)
     optimizer, proxy_optimizer = sgd(model, setting), torch.optim.SGD(proxy.parameters(), 0.01)
@@ -139,52 +155,51 @@ def ours(
     attack_on_itself: bool = False,
     compiled: bool = False,
 ) -> Step:
-    """A step of the library's, as a recipe sets it up: channels-last, the attack on a cheaper network where there is
-    one, in reduced precision under autocast. A call makes `every` steps, the first of them with the weight adversary.
+    """A step of the library's, as a recipe takes it: channels-last, in its precision, the attack on a cheaper network
+    where there is one, or on the compiled one. A call makes `every` steps, the first of them with the weight adversary.
     """
     memory.keep()
     model, batch = started(setting)
     model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     ball = Layerwise(setting.gamma) if awp else None
+    objective: Objective = TRADES(6.0) if setting.objective == "trades" else AT()
+    optimizer, device = sgd(model, setting, fused=True), torch.device(setting.device)
     given: dict[str, Any] = {
-        "objective": TRADES(6.0) if setting.objective == "trades" else AT(),
         "attack": PGD(Linf(setting.eps), setting.step_size, setting.steps),
-        "optimizer": sgd(model, setting, fused=True),
+        "optimizer": optimizer,
         "attack_mode": attack_mode,
         "step_inside": step_inside and awp,
-        **({} if attack_on_itself else our_attack_on(setting, attack_mode, precision)),
+        **({} if attack_on_itself else climbed_on(setting, attack_mode, precision, compiled)),
     }
     take: Callable[..., Any] = double_perturbation_step
     if amortised:
-        from saltflat.neighbours.amortised import amortised_step
-
         take = amortised_step
     elif setting.ascent_steps > 1:
         given["steps"] = setting.ascent_steps
-    network_ = torch.compile(model) if compiled else model
+    scale: dict[str, Tensor] = {}
 
     def step() -> None:
         for number in range(every):
             x, y = batch()
-            with in_precision(setting, precision):
-                take(network_, x, y, ball=ball if number == 0 else None, **given)
+
+            def taken(objective: Objective, x: Tensor = x, y: Tensor = y, number: int = number) -> Any:
+                return take(model, x, y, objective=objective, ball=ball if number == 0 else None, **given)
+
+            taken_in(precision, taken, objective, optimizer, scale, device)
 
     return finished(step, setting.device)
 
 
-def our_attack_on(setting: Setting, attack_mode: Mode, precision: str) -> dict[str, Any]:
-    """What the attack climbs on, where that is not the network itself, as an argument of the step."""
-    if setting.device != "cpu" or attack_mode != "eval":
-        return {}
-    from saltflat.lean import leaner
-
-    return {"attack_on": leaner(DTYPES[precision])}
-
-
-def in_precision(setting: Setting, precision: str) -> AbstractContextManager[object]:
-    """Around a step."""
-    dtype = DTYPES[precision]
-    return nullcontext() if dtype is None else torch.autocast(torch.device(setting.device).type, dtype)
+def climbed_on(setting: Setting, attack_mode: Mode, precision: str, compiled: bool) -> dict[str, Any]:
+    """What a recipe's attack climbs on, where that is not the network itself, as an argument of the step."""
+    recipe = RECIPES["at-awp"]
+    config = replace(
+        recipe,
+        attack=replace(recipe.attack, mode=attack_mode),
+        compute=replace(recipe.compute, compile=compiled),
+    )
+    found = attack_on(config, precision, torch.device(setting.device))
+    return {} if found is None else {"attack_on": found}
 
 
 def art(setting: Setting) -> Step:
@@ -224,7 +239,13 @@ def art(setting: Setting) -> Step:
 def convolutions_alone(setting: Setting, *, precision: str) -> Step:
     """The floor: what `ours` on the network itself convolves, and nothing else; with memory kept as there."""
     calls = recorded(ours(setting, precision=precision, attack_on_itself=True))
-    return finished(replayed(calls, setting.device), setting.device)
+    again = replayed(calls, setting.device)
+
+    def step() -> None:
+        with running(precision, torch.device(setting.device)):
+            again()
+
+    return finished(step, setting.device)
 
 
 def perturb_and_restore(setting: Setting) -> Step:
@@ -243,38 +264,51 @@ def perturb_and_restore(setting: Setting) -> Step:
     return finished(step, setting.device)
 
 
-FLOORS = ("fp32", "bf16")
+def precisions(setting: Setting) -> list[str]:
+    """CPUs have no tf32."""
+    gpu = torch.device(setting.device).type == "cuda"
+    return [precision for precision in PRECISIONS if gpu or precision != "tf32"]
+
+
+def floors(setting: Setting) -> list[str]:
+    """The precisions that have one: CPUs hardly compute in fp16."""
+    return [precision for precision in precisions(setting) if precision != "fp16"]
 
 
 def contenders(setting: Setting) -> list[Contender]:
-    """All that can be asked for; `DEFAULT` names those that take part unless others are named."""
-    modes: tuple[Mode, ...] = ("eval", "train")
-    found = [Contender(f"official {mode}", partial(official, attack_mode=mode), setting) for mode in modes]
+    """All that can be asked for; `default` names those that take part unless others are named."""
+    modes: tuple[Mode, ...] = ("eval",) if setting.objective == "trades" else ("eval", "train")
+    plain = setting.objective.upper()
+    of: dict[str, Callable[[Setting], Step]] = {}
+    for mode in modes:
+        of[f"official {mode}"] = partial(official, attack_mode=mode)
+        of[f"official {mode}, memory kept"] = partial(official, attack_mode=mode, kept=True)
+    for precision in precisions(setting):
+        take, name = partial(ours, precision=precision), f"{plain}-AWP {precision}"
+        of |= {f"{name} {mode}": partial(take, attack_mode=mode) for mode in modes}
+        of |= {f"{plain} {precision} {mode}": partial(take, attack_mode=mode, awp=False) for mode in modes}
+        of[f"{name} eval, amortised"] = partial(take, amortised=True)
+        of[f"{name} eval, every 2nd step"] = partial(take, every=2)
+        of[f"{name} eval, on itself"] = partial(take, attack_on_itself=True)
+        of[f"{name} eval, compiled"] = partial(take, compiled=True)
+    of |= {f"floor {precision}": partial(convolutions_alone, precision=precision) for precision in floors(setting)}
+    of["perturb and restore"] = perturb_and_restore
+    found = [Contender(name, make, setting, steps=2 if "every" in name else 1) for name, make in of.items()]
     if importlib.util.find_spec("art") is not None:
-        found.append(Contender("ART eval", art, setting, environment={"TQDM_DISABLE": "1"}))
-    for precision in DTYPES:
-        take = partial(ours, precision=precision)
-        found += [
-            *(_ours(f"AT-AWP {precision} {mode}", partial(take, attack_mode=mode), setting) for mode in modes),
-            *(_ours(f"AT {precision} {mode}", partial(take, attack_mode=mode, awp=False), setting) for mode in modes),
-            _ours(f"AT-AWP {precision} eval, amortised", partial(take, amortised=True), setting),
-            _ours(f"AT-AWP {precision} eval, every 2nd step", partial(take, every=2), setting, steps=2),
-            _ours(f"AT-AWP {precision} eval, on itself", partial(take, attack_on_itself=True), setting),
-            _ours(f"AT-AWP {precision} train, compiled", partial(take, attack_mode="train", compiled=True), setting),
-        ]
-    found += [Contender(f"floor {name}", partial(convolutions_alone, precision=name), setting) for name in FLOORS]
-    return [*found, _ours("perturb and restore", perturb_and_restore, setting)]
+        found.insert(2 * len(modes), Contender("ART eval", art, setting, environment={"TQDM_DISABLE": "1"}))
+    return found
 
 
-def _ours(name: str, make: Callable[[Setting], Step], setting: Setting, steps: int = 1) -> Contender:
-    return Contender(name, make, setting, steps=steps)
-
-
-DEFAULT = (
-    "official *", "ART *", "AT-AWP fp32 eval", "AT-AWP fp32 train", "AT-AWP bf16 eval", "AT-AWP bf16 train",
-    "AT fp32 eval", "AT bf16 eval", "AT-AWP fp32 eval, amortised", "AT-AWP bf16 eval, amortised",
-    "AT-AWP fp32 eval, every 2nd step", "floor *", "perturb and restore",
-)  # fmt: skip
+def default(setting: Setting) -> list[str]:
+    """Patterns of names."""
+    plain = setting.objective.upper()
+    return [
+        "official eval", "official train", "official eval, memory kept", "ART *",
+        *(f"{plain}-AWP {precision} {mode}" for precision in ("fp32", "tf32", "bf16") for mode in ("eval", "train")),
+        *(f"{plain} {precision} eval" for precision in ("fp32", "tf32", "bf16")),
+        f"{plain}-AWP fp32 eval, amortised", f"{plain}-AWP bf16 eval, amortised",
+        f"{plain}-AWP fp32 eval, every 2nd step", "floor *", "perturb and restore",
+    ]  # fmt: skip
 
 
 def chosen(of: Sequence[Contender], patterns: Sequence[str]) -> list[Contender]:
@@ -304,38 +338,46 @@ def kind_of(name: str) -> str | None:
         return None
     if "amortised" in name:
         return "amortised"
-    return "AT" if name.startswith("AT ") else "AT-AWP"
+    return "AT" if is_plain(name) else "AT-AWP"
+
+
+def is_plain(name: str) -> bool:
+    """Ours without a weight adversary."""
+    return name.startswith(("AT ", "TRADES "))
+
+
+def is_ours_with_awp(name: str) -> bool:
+    return name.startswith(("AT-AWP ", "TRADES-AWP "))
+
+
+def is_whole(name: str) -> bool:
+    """A step that does what the paper's does: the weight adversary in full, at every batch."""
+    return kind_of(name) == "AT-AWP" and "every" not in name and not name.startswith("floor")
 
 
 def peaks(setting: Setting) -> dict[str, Any]:
     """What the machine can do, by precision, in a process of its own."""
     with ProcessPoolExecutor(1, get_context("spawn")) as pool:
-        return {
-            name: pool.submit(_peak, DTYPES[name] or torch.float32, setting.device, setting.threads).result()
-            for name in FLOORS
-        }
+        return {name: pool.submit(_peak, name, setting.device, setting.threads).result() for name in floors(setting)}
 
 
-def _peak(dtype: torch.dtype, device: str, threads: int) -> dict[str, Any]:
+def _peak(precision: str, device: str, threads: int) -> dict[str, Any]:
     torch.set_num_threads(threads)
-    return peak(dtype, device)
+    with running(precision, torch.device(device)):
+        return peak(DTYPES.get(precision, torch.float32), device)
+
+
+REFERENCES = ("official eval", "official train", "ART eval")
 
 
 def judged(found: Mapping[str, Mapping[str, Any]], needed: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
-    """By contender: seconds a step, ratios to all that others are measured by, how many times faster than the paper's
-    procedure with its attack in the same mode, and the share of the peak that the convolutions it needs reach.
+    """By contender: seconds a step, and ratios to all that others are measured by; of those that do the same work, how
+    many times faster than the paper's procedure with its attack in the same mode, and than ART, which attacks in eval
+    mode; and the share of the peak that the (direct) convolutions it needs reach.
     """
     seconds = seconds_of(found)
-    references = (
-        "official eval",
-        "official train",
-        "ART eval",
-        "AT fp32 eval",
-        "AT bf16 eval",
-        "floor fp32",
-        "floor bf16",
-    )
-    to = {reference: ratios(seconds, reference) for reference in references if reference in found}
+    references = [name for name in found if name in REFERENCES or is_plain(name) or name.startswith("floor")]
+    to = {reference: ratios(seconds, reference) for reference in references}
     summary = {}
     for name, values in seconds.items():
         of: dict[str, Any] = {
@@ -344,8 +386,10 @@ def judged(found: Mapping[str, Mapping[str, Any]], needed: Mapping[str, Any], to
             "ratio_to": {reference: to[reference][name] for reference in to if reference != name},
         }
         theirs, kind, precision = f"official {mode_of(name)}", kind_of(name), precision_of(name)
-        if theirs in found and kind is not None and not name.startswith("floor"):
-            of["times_faster"] = spread([other / own for other, own in zip(seconds[theirs], values, strict=True)])
+        if is_whole(name) and theirs in found:
+            of["times_faster"] = times_faster(values, seconds[theirs])
+        if is_whole(name) and mode_of(name) == "eval" and "ART eval" in found:
+            of["times_faster_than_art"] = times_faster(values, seconds["ART eval"])
         if kind == "AT-AWP" and f"floor {precision}" in found and "every" not in name:
             of["over_floor"] = to[f"floor {precision}"][name]
         if kind is not None and precision in top and "every" not in name:
@@ -355,13 +399,18 @@ def judged(found: Mapping[str, Mapping[str, Any]], needed: Mapping[str, Any], to
     return summary
 
 
+def times_faster(own: Sequence[float], other: Sequence[float]) -> dict[str, float]:
+    """Round by round."""
+    return spread([theirs / ours_ for theirs, ours_ in zip(other, own, strict=True)])
+
+
 def mode_of(name: str) -> str:
     """The attack's."""
     return "train" if " train" in name else "eval"
 
 
 def precision_of(name: str) -> str:
-    return next((precision for precision in DTYPES if precision in name), "fp32")
+    return next((precision for precision in PRECISIONS if precision in name), "fp32")
 
 
 def adding(found: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
@@ -370,11 +419,11 @@ def adding(found: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """
     seconds, added = seconds_of(found), {}
     for name, values in seconds.items():
-        plain = f"AT {precision_of(name)} {mode_of(name)}"
-        if name.startswith("AT-AWP") and plain in seconds and not name.endswith(("on itself", "compiled")):
+        plain = f"{name.partition('-')[0]} {precision_of(name)} {mode_of(name)}"
+        if is_ours_with_awp(name) and plain in seconds and not name.endswith(("on itself", "compiled")):
             shares = [own / other - 1 for own, other in zip(values, seconds[plain], strict=True)]
             added[f"{name}, over {plain}"] = spread(shares)
-        if "perturb and restore" in seconds and name.startswith("AT-AWP") and "," not in name:
+        if "perturb and restore" in seconds and is_ours_with_awp(name) and "," not in name:
             alone = zip(seconds["perturb and restore"], values, strict=True)
             added[f"perturb and restore, of {name}"] = spread([share / own for share, own in alone])
     return added
@@ -382,13 +431,17 @@ def adding(found: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
 
 def shown(summary: Mapping[str, Any], added: Mapping[str, Any], turns: Mapping[str, Any]) -> str:
     """What is printed."""
+    beside = {"times faster than official": "times_faster"}
+    if any("times_faster_than_art" in of for of in summary.values()):
+        beside["times faster than ART"] = "times_faster_than_art"
+    beside["over the floor"] = "over_floor"
     rows = []
     for name, of in summary.items():
         share = f"{of['share_of_peak']:.1%}" if "share_of_peak" in of else ""
         memory = turns[name].get("peak_gpu_bytes", turns[name]["peak_bytes"]) / 2**20
-        cells = [around(of.get("times_faster")), around(of.get("over_floor")), share]
-        rows.append([name, around(of["seconds"], ".4f"), *cells, f"{memory:.0f}", f"{of['page_faults']['median']:.0f}"])
-    head = ["", "seconds a step", "times faster than official", "over the floor", "of peak", "MiB", "page faults"]
+        cells = [*(around(of.get(key)) for key in beside.values()), share, f"{memory:.0f}"]
+        rows.append([name, around(of["seconds"], ".4f"), *cells, f"{of['page_faults']['median']:.0f}"])
+    head = ["", "seconds a step", *beside, "of peak", "MiB", "page faults"]
     shares = [[name, around(of, ".2%"), str(of["n"])] for name, of in added.items()]
     return "\n\n".join([table(head, rows), *([table(["", "adds", "n"], shares)] if shares else [])])
 
@@ -422,13 +475,40 @@ def group(name: str, backward: bool = False) -> str:
 
 class Labelled(TorchDispatchMode):
     """A block in which every operation runs under the label of its group, for torch's profiler. A convolution's
-    backward for both gradients is made in two calls, one for each.
+    backward for both gradients is made in two calls, one for each. What a lean network does for a convolution, products
+    of matrices, packing and a ReLU that follows at once among it, is that convolution's.
     """
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.within: str | None = None
+        self.patched = ExitStack()
+
+    def __enter__(self) -> Labelled:
+        for name, part in (("forward", "forward"), ("input_gradient", "input gradient")):
+            whole = self._noting(getattr(Fixed, name), f"convolution, {part}")
+            self.patched.enter_context(patch.object(Fixed, name, whole))
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self.patched.close()
+
+    def _noting(self, method: Callable[..., Tensor], part: str) -> Callable[..., Tensor]:
+        def whole(*args: Any) -> Tensor:
+            self.within = part
+            try:
+                return method(*args)
+            finally:
+                self.within = None
+
+        return whole
+
     def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if operation is not torch.ops.aten.convolution_backward.default:
+        if self.within is not None or operation is not torch.ops.aten.convolution_backward.default:
             backward = torch._C._current_graph_task_id() != -1
-            with torch.profiler.record_function(group(str(operation), backward)):
+            with torch.profiler.record_function(self.within or group(str(operation), backward)):
                 return operation(*args, **(kwargs or {}))
         wanted, parts = args[10], [None, None, None]
         for name, mask in (("input", [wanted[0], False, False]), ("weight", [False, *wanted[1:]])):
@@ -468,7 +548,7 @@ def shown_profile(taken: Mapping[str, float]) -> str:
 def arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     common(parser)
-    parser.add_argument("--contenders", nargs="+", default=DEFAULT, metavar="PATTERN", help="names; * for anything")
+    parser.add_argument("--contenders", nargs="+", default=None, metavar="PATTERN", help="names; * for anything")
     parser.add_argument("--list", action="store_true", help="name all contenders")
     parser.add_argument("--profile", action="store_true", help="of the first contender of ours, instead of all times")
     parser.add_argument("--calls", type=int, default=1, help="steps in a turn; more for a GPU")
@@ -513,12 +593,12 @@ def main() -> None:
     if given.list:
         print("\n".join(contender.name for contender in everybody))
         return
-    taking_part = chosen(everybody, given.contenders)
+    taking_part = chosen(everybody, given.contenders or default(setting))
     if not any(contender.name.startswith("ART") for contender in everybody):
         print("ART is left out: no module named art (pip install adversarial-robustness-toolbox)")
     asked = {"what": "seconds of a training step", "setting": asdict(setting)}
     if given.profile:
-        subject = next((each for each in taking_part if kind_of(each.name) and each.name.startswith("AT")), None)
+        subject = next((each for each in taking_part if is_plain(each.name) or is_ours_with_awp(each.name)), None)
         if subject is None:
             raise SystemExit("contenders: expected one of ours to profile")
         taken = profiled(subject.make(setting), setting.device, max(1, given.rounds))

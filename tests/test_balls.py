@@ -373,6 +373,27 @@ def test_layers_of_every_kind_take_the_step_that_they_take_alone():
         torch.testing.assert_close(once[name], v[name], rtol=8 * torch.finfo(w.dtype).eps, atol=0)
 
 
+def test_layers_on_several_devices_take_the_step_that_they_take_alone():
+    w = {"a": torch.randn(3, 4), "b": torch.empty(2, 2, device="meta"), "c": torch.randn(5, 2)}
+    g, ball = {name: torch.randn_like(tensor) for name, tensor in w.items()}, Layerwise(0.5)
+    alone = {name: ball.steepest({name: g[name]}, w)[name] for name in "ac"}
+    for found, times in (
+        (ball.steepest(g, w), 1),
+        (ball.project({name: 2 * tensor for name, tensor in ball.steepest(g, w).items()}, w), 1),
+        (ball.project({name: tensor / 2 for name, tensor in ball.steepest(g, w).items()}, w), 0.5),
+    ):
+        assert list(found) == list("abc")
+        assert found["b"].is_meta
+        assert all(torch.allclose(found[name], times * alone[name]) for name in "ac")
+    assert ball.sample(w, surface=True)["b"].is_meta
+    assert ball.sample(w, surface=True)["c"].norm().item() == pytest.approx(0.5 * w["c"].norm().item())
+
+
+def test_no_layers_take_no_step():
+    ball = Layerwise(0.5)
+    assert ball.steepest({}, {}) == ball.steepest({}, KINDS) == ball.project({}, KINDS) == ball.sample({}) == {}
+
+
 def test_layers_keep_their_memory_layout_and_a_step_does_not_depend_on_it():
     torch.manual_seed(0)
     w, g = torch.randn(8, 4, 3, 3).double(), torch.randn(8, 4, 3, 3).double()

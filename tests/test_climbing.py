@@ -129,10 +129,23 @@ def test_the_precision_is_said_first_and_on_record(tmp_path, capsys):
     assert '"precision": "bf16"' in (tmp_path / "run" / "environment.json").read_text()
     assert record.read_config(tmp_path / "run").compute == Compute("bf16")
     run("train", "--resume", tmp_path / "run")
+    capsys.readouterr()
     changed = (tmp_path / "run" / "config.yaml").read_text().replace("epochs: 2", "epochs: 3")
     (tmp_path / "run" / "config.yaml").write_text(changed.replace("precision: bf16", "precision: fp32"))
     with pytest.raises(SystemExit):
         run("train", "--resume", tmp_path / "run")
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.endswith(
+        "config.yaml was changed since the run began: put it back, or begin a new run; or an earlier version of "
+        "saltflat began it"
+    )
+
+
+def test_a_precision_that_is_not_there_is_neither_said_nor_on_record(tmp_path, capsys):
+    run("train", "at", *QUICK, "--device", "cpu", "--compute.precision", "tf32", "--out", tmp_path / "run")
+    assert "fp32 on cpu" in capsys.readouterr().out.splitlines()[0]
+    assert '"precision": "fp32"' in (tmp_path / "run" / "environment.json").read_text()
+    assert record.read_config(tmp_path / "run").compute == Compute("tf32")
 
 
 @pytest.mark.slow

@@ -2,11 +2,14 @@
 
 import re
 import shlex
+from collections import Counter
 from pathlib import Path
 
 import pytest
-from family import COSTS, MEMBERS
+from family import COSTS, MEMBERS, sgd, taking
+from networks import batch, convolutional
 
+from saltflat import PGD, Linf
 from saltflat.lab.cli import parsed
 from saltflat.lab.recipes import RECIPES, adversary
 
@@ -37,6 +40,11 @@ def test_the_python_blocks_of_the_family_run_one_after_the_other():
     for block in blocks("family.md", "python"):
         exec(block, names)
     assert len(blocks("family.md", "python")) == 2
+
+
+def test_the_python_block_on_performance_runs():
+    (block,) = blocks("performance.md", "python")
+    exec(block, {})
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -72,10 +80,21 @@ def test_every_method_stands_in_the_family(name):
     assert name in NAMED or name.removesuffix("-awp") in NAMED
 
 
+def amortised_cost():
+    """Counted here, since it is a step of AWP's, and no member of its own."""
+    model, (x, y), found = convolutional().train(), batch(), Counter()
+    model[3].register_forward_hook(lambda *_: found.update(["forwards"]))
+    model[3].weight.register_hook(lambda _: found.update(["gradients"]))
+    attack = PGD(Linf(8 / 255), 2 / 255, 10)
+    taking("awp", model, sgd(model), {}, attack=attack, amortised=True)(x, y)
+    return found["forwards"], found["gradients"]
+
+
 def test_the_costs_are_those_that_were_counted():
     rows = re.findall(r"^\| ([\w -]+?)(?:, K2 = 10)? \| (\d+) \| (\d+) \|", PAGES["family.md"], re.MULTILINE)
     counted = {adversary(MEMBERS[member].awp)[0]: COSTS[member] for member in MEMBERS if not member.startswith("free")}
     assert {name: (int(forwards), int(gradients)) for name, forwards, gradients in rows} == {
         "none": COSTS["at"],
+        "amortised AWP": amortised_cost(),
         **counted,
     }

@@ -179,6 +179,12 @@ def test_bad_fields_are_named_in_one_line(field):
         ("awp.joint_mode", {"joint_mode": "outer", "amortised": False}, {}, "needs awp.amortised"),
         ("awp.every", {"every": 2, "alternations": 2, "amortised": False}, {}, "expected 1 with awp.alternations"),
         ("compute.compile", {"amortised": False}, {"compute": {"compile": True}, "attack": {"replays": 2}}, "replays"),
+        (
+            "compute.compile",
+            {"amortised": False},
+            {"compute": {"compile": True}, "objective": {"name": "natural"}},
+            "objective.name natural",
+        ),
         ("compute.precision", {"method": "arwp", "amortised": False}, {"compute": {"precision": "fp16"}}, "arwp"),
         ("compute.precision", {"method": "robust-wp", "amortised": False}, {"compute": {"precision": "fp16"}}, "rob"),
     ],
@@ -572,9 +578,20 @@ def test_amortised_awp_has_a_name_of_its_own():
     assert adversary(Awp(gamma=0.1)) == ("AWP", "awp")
     assert adversary(Awp(gamma=0.1, amortised=True)) == ("amortised AWP", "awp-amortised")
     assert adversary(Awp("sam", gamma=0.1, amortised=True)) == ("amortised SAM", "sam-amortised")
+    outer = Awp(gamma=0.1, amortised=True, joint_mode="outer")
+    assert adversary(outer) == ("amortised AWP, training mode", "awp-amortised")
     assert "AT + amortised AWP (gamma 0.01) on" in described(RECIPES["at-awp-amortised"])
+    assert "AT + amortised AWP, training mode (gamma 0.01) on" in described(RECIPES["cifar10-at-awp-amortised"])
     every = replace(RECIPES["at-awp"], awp=Awp(gamma=0.01, every=3), compute=Compute("bf16"))
     assert described(every).startswith("AT-AWP (gamma 0.01), every 3 steps, bf16 on")
+
+
+@pytest.mark.parametrize("name", [name for name, config in RECIPES.items() if config.awp.amortised])
+def test_amortised_recipes_of_networks_with_batch_norm_climb_in_the_mode_of_training(name):
+    model = build.network(RECIPES[name], IMAGES)
+    normalised = any(isinstance(module, nn.BatchNorm2d) for module in model.modules())
+    assert RECIPES[name].awp.joint_mode == ("outer" if normalised else "attack")
+    assert Awp().joint_mode == "attack"
 
 
 @pytest.mark.parametrize(("nesterov", "decayed"), [(False, "all"), (True, "weights")])

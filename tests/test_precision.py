@@ -1,15 +1,26 @@
 import contextlib
+import math
 from dataclasses import replace
 
 import pytest
 import torch
 from networks import batch, convolutional, equal_states, state
-from torch import nn
 
 from saltflat import AT, MART, PGD, TRADES, Layerwise, Linf, Natural, double_perturbation_step
 from saltflat import train as training
-from saltflat.lab import adversaries, build, evaluations, flatness, gaps, labels, landscapes, precision, trainings
-from saltflat.lab.config import Attack, Awp, Compute, Data, Evaluation, Model, Optimizer, Train
+from saltflat.lab import (
+    adversaries,
+    build,
+    evaluations,
+    flatness,
+    gaps,
+    labels,
+    landscapes,
+    precision,
+    record,
+    trainings,
+)
+from saltflat.lab.config import Attack, Awp, Compute, Data, Evaluation, Model, Objective, Optimizer, Train
 from saltflat.lab.precision import Cast, Scaled, exact, resolved, running, taken_in
 from saltflat.neighbours.logit_pairing import ALP
 
@@ -22,9 +33,22 @@ BEFORE = {
     "convolutions off": lambda: setattr(torch.backends.cudnn, "allow_tf32", False),
     "medium": lambda: torch.set_float32_matmul_precision("medium"),
     "all backends, newer switch": lambda: setattr(torch.backends, "fp32_precision", "tf32"),
+    "all of a CPU, newer switch": lambda: _on_a_cpu("bf16"),
     "matrix products, newer switch": lambda: precision._places() and setattr(precision._places()[0], *NEWER),
 }
 NEWER = ("fp32_precision", "tf32")
+
+
+def newer():
+    """All of torch's newer switches but the general one, which stands for those that are not set."""
+    of = torch.backends
+    names = ("cuda.matmul", "cudnn.conv", "cudnn.rnn", "mkldnn.matmul", "mkldnn.conv", "mkldnn.rnn")
+    return [getattr(getattr(of, name.split(".")[0]), name.split(".")[1]) for name in names if precision._places()]
+
+
+def _on_a_cpu(value):
+    for place in newer()[3:]:
+        place.fp32_precision = value
 
 
 @pytest.fixture(autouse=True)
@@ -34,16 +58,15 @@ def _as_torch_begins():
         torch.backends.fp32_precision = "none"
     torch.set_float32_matmul_precision("highest")
     torch.backends.cudnn.allow_tf32 = True
-    for place in precision._places()[:2]:
-        place.fp32_precision = "none"
+    for place in newer():
+        if place not in newer()[1:3]:
+            place.fp32_precision = "none"
 
 
 def strict():
     """Whether convolutions and matrix products are strict fp32, as both sets of switches say."""
-    newer = {place.fp32_precision for place in precision._places()}
-    return (
-        not torch.backends.cudnn.allow_tf32 and torch.get_float32_matmul_precision() == "highest" and newer <= {"ieee"}
-    )
+    older = not torch.backends.cudnn.allow_tf32 and torch.get_float32_matmul_precision() == "highest"
+    return older and {place.fp32_precision for place in newer()} <= {"ieee"}
 
 
 @pytest.mark.parametrize("name", BEFORE)
@@ -61,6 +84,23 @@ def test_switches_are_set_inside_and_as_before_afterwards_on_any_way_out(name):
     assert precision._switches() == before
 
 
+@pytest.mark.skipif(not precision._places(), reason="needs the newer switches")
+@pytest.mark.parametrize(("general", "places"), [("tf32", [0, 3, 4, 5]), ("none", range(6))])
+def test_a_switch_that_was_not_set_follows_the_general_one_afterwards_as_before(general, places):
+    """Those of cuDNN are tf32 from the beginning, which in a general tf32 cannot be seen."""
+    torch.backends.fp32_precision = general
+    torch.backends.mkldnn.rnn.fp32_precision = "bf16"
+    found = []
+    for block in (contextlib.nullcontext(), exact()):
+        with block:
+            pass
+        for later in ("ieee", "tf32", general):
+            torch.backends.fp32_precision = later
+            found.append([newer()[i].fp32_precision for i in places])
+    assert found[:3] == found[3:]
+    assert len({tuple(each) for each in found}) > 1
+
+
 def test_a_step_on_a_gpu_has_tf32_where_it_is_asked_for_and_nowhere_else():
     gpu = torch.device("cuda")
     for name in ("fp32", "bf16", "fp16"):
@@ -72,11 +112,11 @@ def test_a_step_on_a_gpu_has_tf32_where_it_is_asked_for_and_nowhere_else():
         assert torch.backends.cudnn.allow_tf32  # says nothing there, and costs nothing
 
 
-def test_auto_is_tf32_where_a_gpu_has_it(monkeypatch):
+def test_auto_and_tf32_are_tf32_where_a_gpu_has_it(monkeypatch):
     for capability, found in (((7, 5), "fp32"), ((8, 0), "tf32"), ((12, 0), "tf32")):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, capability=capability: capability)
-        assert resolved("auto", torch.device("cuda")) == found
-    assert resolved("auto", CPU) == "fp32"
+        assert resolved("auto", torch.device("cuda")) == resolved("tf32", torch.device("cuda")) == found
+    assert resolved("auto", CPU) == resolved("tf32", CPU) == "fp32"
     assert resolved("fp16", torch.device("cuda")) == "fp16"
 
 
@@ -218,6 +258,45 @@ def test_a_batch_that_is_not_finite_is_dropped_and_halves_the_scale():
     assert int(found.dropped) == 0
 
 
+def test_a_batch_that_is_dropped_is_the_search_s_while_the_scale_can_come_down():
+    """And not when it is 1: then the gradients themselves are not finite."""
+    model, x, y = single()
+    optimizer, memory = torch.optim.SGD(model.parameters(), lr=0.05), {}
+    stepped("fp16", AT(), model, optimizer, memory, x, y)
+    found = []
+    memory["loss_scale"] = torch.tensor(4.0)
+    for bad in (True, False, True, True, True):
+        stepped("fp16", AT(), model, optimizer, memory, x * torch.nan if bad else x, y)
+        found.append((float(memory["loss_scale"]), int(precision.searched(memory))))
+    assert found == [(2.0, 1), (2.0, 1), (1.0, 2), (1.0, 2), (1.0, 2)]
+    assert int(precision.searched({})) == 0
+
+
+def test_a_training_whose_loss_scale_is_being_found_goes_on(tmp_path):
+    """TRADES with a beta for which 2^12 is far too much, two batches an epoch."""
+    config = replace(
+        TINY,
+        objective=Objective("trades", 1e5),
+        awp=Awp(),
+        compute=Compute("fp16"),
+        optimizer=Optimizer(epochs=6, batch_size=30, learning_rate=1e-6),
+    )
+    trainings.train(config, tmp_path / "run")
+    metrics = record.read_metrics(tmp_path / "run")
+    assert metrics[0]["dropped"] == 2
+    assert math.isnan(metrics[0]["loss"])  # no batch was used
+    assert metrics[-1]["dropped"] == 0
+    assert math.isfinite(metrics[-1]["loss"])
+
+
+def test_a_training_whose_gradients_are_not_finite_at_any_scale_stops():
+    config = replace(TINY, compute=Compute("fp16"), optimizer=Optimizer(epochs=9, batch_size=20, learning_rate=1e30))
+    sets = build.sets(config)
+    model = build.network(config, sets.train)
+    with pytest.raises(FloatingPointError, match=r"epoch [5-7]: the gradient of [23] of 3 batches was not finite"):
+        list(training.fit(model, sets.train, {}, build.plan(config, 10), build.optimizer(config, model)))
+
+
 def test_the_scale_doubles_after_enough_batches_that_fit():
     model, x, y = single()
     optimizer, memory = sgd(model), {}
@@ -264,9 +343,14 @@ def test_free_training_runs_in_lower_precision():
     config = replace(TINY, attack=replace(TINY.attack, replays=2), compute=Compute(precision="fp16"))
     sets = build.sets(config)
     model = build.network(config, sets.train)
-    *_, last = training.fit(model, sets.train, {}, build.plan(config, 10), build.optimizer(config, model))
+    plan, before = build.plan(config, 10), state(model)
+    *_, last = training.fit(model, sets.train, {}, plan, build.optimizer(config, model))
     assert last.metrics["dropped"] == 0
-    assert isinstance(model, nn.Module)
+    assert float(plan.memory["loss_scale"]) == precision.FIRST
+    assert int(plan.memory["good_steps"]) == last.metrics["step"]
+    for name, p in model.named_parameters():
+        assert p.isfinite().all()
+        assert not torch.equal(p, before[name]), name
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

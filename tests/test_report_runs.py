@@ -115,13 +115,16 @@ def test_what_speaks_against_a_comparison_is_said(tmp_path: Path) -> None:
     folders = two_groups(tmp_path, [20], [10])
     other = synthetic_run(tmp_path / "again", recipe="at", seed=0)
     write(folders[1] / "evaluation.json", {"attack": "FGSM", "mode": "eval"})
-    write(folders[1] / "environment.json", environment(0) | {"threads": 8, "git": {"commit": "9", "dirty": True}})
+    more = {"threads": 8, "precision": "tf32", "git": {"commit": "9", "dirty": True}}
+    write(folders[0] / "environment.json", environment(0) | {"precision": "fp32"})
+    write(folders[1] / "environment.json", environment(0) | more)
     text = Parsed(page([*folders, other, folders[0]])).text
     for words in (
         "1 run of equal configuration and seed left out",
         "The epochs were measured with different attacks",
         "The runs come from different numbers of threads",
         "The runs come from different commits",
+        "The runs were trained in different precisions",
         "The working tree had uncommitted changes",
     ):
         assert words in text

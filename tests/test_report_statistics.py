@@ -2,12 +2,16 @@
 
 import json
 import statistics
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from run_folders import groups_in, outcome, synthetic_run, two_groups, write
 
+from saltflat.lab.config import Compute, as_text
+from saltflat.lab.recipes import RECIPES
 from saltflat.lab.report import read_run
 from saltflat.lab.report.curves import SeedCurves, centre, mean_and_deviation, mean_curves
 from saltflat.lab.report.notation import decimal
@@ -33,6 +37,40 @@ def test_one_recipe_with_two_values_of_a_field_is_two_groups(tmp_path: Path) -> 
     assert [(group.name, len(group.runs)) for group in groups] == [
         ("at (awp.gamma 0.005)", 2),
         ("at (awp.gamma 0.01)", 2),
+    ]
+
+
+def older(config):
+    """A run's config as a version without these sections and fields wrote it."""
+    tree = yaml.safe_load(as_text(config))
+    del tree["compute"], tree["awp"]["amortised"], tree["awp"]["joint_mode"], tree["awp"]["every"], tree["keep_every"]
+    return tree
+
+
+def test_what_an_older_config_does_not_say_is_today_s_default(tmp_path: Path) -> None:
+    config = RECIPES["at-awp"]
+    trees = {
+        "old": older(config),
+        "new": yaml.safe_load(as_text(replace(config, seed=1))),
+        "bf16": yaml.safe_load(as_text(replace(config, compute=Compute("bf16")))),
+    }
+    for name, tree in trees.items():
+        synthetic_run(tmp_path / name, config=tree)
+    groups = groups_in(tmp_path / name for name in trees)
+    assert [(group.name, len(group.runs)) for group in groups] == [
+        ("at-awp (compute.precision auto)", 2),
+        ("at-awp (compute.precision bf16)", 1),
+    ]
+
+
+def test_what_both_say_differently_is_named_before_what_one_does_not_know(tmp_path: Path) -> None:
+    folders = [
+        synthetic_run(tmp_path / "a", config={"a": 1, "b": 1, "c": 1, "steps": 1}),
+        synthetic_run(tmp_path / "b", config={"steps": 2}),
+    ]
+    assert [group.name for group in groups_in(folders)] == [
+        "at (steps 1, a 1, b 1, …)",
+        "at (steps 2, a –, b –, …)",
     ]
 
 

@@ -1,7 +1,6 @@
 import copy
 import itertools
 import math
-from collections import Counter
 
 import pytest
 import torch
@@ -15,7 +14,7 @@ from torch.distributed.tensor import DTensor
 
 from saltflat import AT, PGD, TRADES, Layerwise, Linf, Natural, double_perturbation_step
 from saltflat.balls import bits
-from saltflat.step import dropping
+from saltflat.step import dropping, undoing
 
 ATTACK = PGD(Linf(8 / 255), 2 / 255, 4)
 
@@ -291,18 +290,79 @@ def test_gradients_and_buffers_of_every_type_are_dropped_or_left_to_the_bit(pois
         assert torch.equal(found_bits, expected_bits), name
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.int64])
+def test_a_buffer_that_becomes_one_of_another_type_is_put_back_in_that(dtype):
+    model = nn.Linear(1, 1)
+    model.register_buffer("sum", torch.tensor([3.0, -7.0]))
+    undo = undoing(model)
+    model.sum = torch.tensor([1, 2], dtype=dtype)
+    undo(torch.tensor(False))
+    assert torch.equal(model.sum, torch.tensor([1, 2], dtype=dtype))
+    for _ in range(2):
+        undo(torch.tensor(True))
+        assert torch.equal(model.sum, torch.tensor([3, -7], dtype=dtype))
+        model.sum.add_(1)
+
+
+@pytest.mark.parametrize("poison", [1.0, torch.nan])
+@pytest.mark.parametrize("inside", [False, True])
+def test_what_torch_has_yet_to_conjugate_or_to_negate_takes_part_in_a_step(poison, inside):
+    class Lazily(nn.Module):
+        """A parameter, its gradient and buffers with torch's bits for that, which a forward also turns on or off."""
+
+        def __init__(self):
+            super().__init__()
+            self.turn = nn.Parameter(torch.tensor([[1 + 2j, 3 - 4j]]).conj())
+            self.register_buffer("conjugated", torch.tensor([1 + 2j, 3 - 4j]).conj())
+            self.register_buffer("negated", torch.tensor([1 + 2j, 3 - 4j]).conj().imag)
+            self.register_buffer("other", torch.tensor([1 + 2j, 3 - 4j]))
+
+        def forward(self, x):
+            self.other = (self.other * x.sum()).conj()
+            self.conjugated.mul_(x.sum())
+            self.negated.add_(x.sum())
+            return (x * self.turn).abs().sum(1)
+
+    def step(model):
+        model.turn.grad = torch.zeros(1, 2, dtype=torch.complex64).conj()  # is cleared; `.backward()` makes another
+        found = double_perturbation_step(
+            model, torch.tensor([[2.0, 1.0]]) * poison, torch.zeros(1), attack=None, ball=Layerwise(0.1),
+            objective=Plain(), optimizer=torch.optim.SGD(model.parameters(), lr=0.1), step_inside=inside,
+        )  # fmt: skip
+        return found.dropped
+
+    class Plain:
+        def outer(self, model, x, x_adv, y):
+            return model(x_adv).mean()
+
+    lazily, plainly = Lazily(), Lazily()
+    plainly.turn = nn.Parameter(plainly.turn.detach().resolve_conj())
+    for name in ("conjugated", "negated"):
+        setattr(plainly, name, getattr(plainly, name).resolve_conj().resolve_neg())
+    assert lazily.turn.is_conj()
+    assert lazily.negated.is_neg()
+    before = {name: tensor.clone() for name, tensor in lazily.state_dict().items()}
+    assert step(lazily) == step(plainly) == (poison != 1)
+    for (name, one), other in zip(lazily.state_dict().items(), plainly.state_dict().values(), strict=True):
+        torch.testing.assert_close(one.resolve_conj().resolve_neg(), other.resolve_conj().resolve_neg())
+        assert poison == 1 or torch.equal(one, before[name])
+        assert poison != 1 or not torch.equal(one, before[name])
+
+
 def test_dropping_launches_no_more_for_a_deeper_network():
     def launches(depth):
-        model = nn.Sequential(*[nn.Sequential(nn.Conv2d(2, 2, 1), nn.BatchNorm2d(2)) for _ in range(depth)])
+        with torch.device("meta"):
+            model = nn.Sequential(*[nn.Sequential(nn.Conv2d(2, 2, 1), nn.BatchNorm2d(2)) for _ in range(depth)])
         optimizer = torch.optim.SGD(model.parameters())
-        model(torch.rand(3, 2, 2, 2)).sum().backward()
+        for parameter in model.parameters():
+            parameter.grad = torch.empty_like(parameter)
         with Launches() as found:
             dropping(model, optimizer)()
         return found.counts
 
     few, many = launches(2), launches(20)
-    assert many - few == Counter({"abs": 18 * 4, "amax": 18 * 4})  # the largest number of a gradient, on CPUs
-    assert sum(few.values()) - few["abs"] - few["amax"] < 30
+    assert many == few
+    assert sum(few.values()) < 30
 
 
 def test_a_step_without_any_gradient_drops_nothing():

@@ -1,4 +1,6 @@
 import copy
+import itertools
+import math
 from dataclasses import replace
 
 import pytest
@@ -165,6 +167,37 @@ def test_gradients_that_are_not_finite_stop_with_one_line(data):
     plan = replace(PLAN, learning_rate=constant(1e30))
     with pytest.raises(FloatingPointError, match="epoch 1: the gradient of 2 of 3 batches was not finite"):
         events(mlp(), data, plan)
+
+
+def test_batches_that_a_step_drops_on_a_search_of_its_own_stop_nothing(data):
+    """Of an epoch's three batches, the first is dropped for good, the second by a search, the third not at all."""
+    memory, places = {}, itertools.cycle(range(3))
+
+    def step(model, x, y, **given):
+        place = next(places)
+        if place == 1:
+            memory["searched"] = memory.get("searched", torch.tensor(0)) + 1
+        return double_perturbation_step(model, x * torch.nan if place < 2 else x, y, **given)
+
+    def excused():
+        return memory.get("searched", torch.tensor(0))
+
+    plan = replace(PLAN, step=step, memory=memory)
+    found = events(network(), data, replace(plan, excused=excused))
+    assert [event.metrics["dropped"] for event in found if isinstance(event, Epoch)] == [2, 2, 2]
+    with pytest.raises(FloatingPointError, match="epoch 1: the gradient of 2 of 3 batches was not finite"):
+        events(network(), data, plan)
+
+
+def test_an_epoch_without_a_batch_that_was_used_has_no_loss(data):
+    def step(model, x, y, **given):
+        return double_perturbation_step(model, x * torch.nan, y, **given)
+
+    counted = iter(range(0, 100, 3))  # fit asks at both ends of an epoch
+    plan = replace(PLAN, epochs=1, step=step, excused=lambda: torch.tensor(next(counted)))
+    last = events(network(), data, plan)[-1]
+    assert last.metrics["dropped"] == 3
+    assert math.isnan(last.metrics["loss"])
 
 
 def test_modes_and_missing_sets(data):

@@ -72,21 +72,21 @@ def test_what_it_is_given_stays_and_batches_may_be_of_another_size():
         ({"stride": [2, 2]}, False),
         ({"dilation": [2, 2]}, False),
         ({"groups": 2}, False),
-        ({"shape": torch.Size((1, 512, 4, 6))}, False),
-        ({"shape": torch.Size((1, 512, 7, 4))}, False),
-        ({"weight": torch.empty(512, 512, 1, 1)}, False),
-        ({"weight": torch.empty(512, 64, 3, 3)}, False),
-        ({"weight": torch.empty(64, 512, 3, 3)}, False),
-        ({"weight": torch.empty(512, 512, 3, 3, dtype=torch.bfloat16)}, False),
+        ({"shape": (1, 512, 4, 6)}, False),
+        ({"shape": (1, 512, 7, 4)}, False),
+        ({"weight": (512, 512, 1, 1)}, False),
+        ({"weight": (512, 64, 3, 3)}, False),
+        ({"weight": (64, 512, 3, 3)}, False),
+        ({"dtype": torch.bfloat16}, False),
     ],
     ids=str,
 )
 def test_where_it_is_used(change, expected):
-    usual = {
-        "weight": torch.empty(512, 512, 3, 3), "padding": ONE, "stride": ONE, "dilation": ONE, "groups": 1,
-        "shape": torch.Size((2, 512, 4, 8)),
-    }  # fmt: skip
-    assert pays(**usual | change) is expected
+    usual = {"padding": ONE, "stride": ONE, "dilation": ONE, "groups": 1}
+    sizes = {"weight": (512, 512, 3, 3), "shape": (2, 512, 4, 8), "dtype": torch.float32} | change
+    weight = torch.empty(sizes["weight"], dtype=sizes["dtype"])
+    settings = {name: change.get(name, value) for name, value in usual.items()}
+    assert pays(weight, **settings, shape=torch.Size(sizes["shape"])) is expected
 
 
 def test_a_convolution_with_many_channels_takes_it_where_the_map_allows_and_gives_the_same_gradients(monkeypatch):

@@ -102,8 +102,7 @@ class Linf:
 
     def steepest(self, gradient: Tensor, centre: Tensor) -> Tensor:
         """radius * sign(g)."""
-        finite = _rows(gradient).isfinite().all(1, keepdim=True)
-        return torch.where(finite, _rows(gradient).sign(), 0).mul(self.radius).reshape(gradient.shape)
+        return _usable(_rows(gradient)).sign().mul(self.radius).reshape(gradient.shape)
 
     def project(self, displacement: Tensor, centre: Tensor) -> Tensor:
         """Clamp to the radius, then to the box."""
@@ -112,8 +111,7 @@ class Linf:
     def sample(self, centre: Tensor, generator: Generator = None, surface: bool = False) -> Tensor:
         """Uniform in the cube, or on its faces; then clamped to the box."""
         v = _rows(2 * uniform(centre, generator) - 1)
-        if surface:
-            v = v / v.abs().amax(1, keepdim=True)
+        v = _unit(v, math.inf) if surface else v
         return _clamp_to_box(v.mul(self.radius).reshape(centre.shape), centre, self.box)
 
 
@@ -179,8 +177,7 @@ class L1:
 
     def steepest(self, gradient: Tensor, centre: Tensor) -> Tensor:
         """radius * sign(g_j) at the first j with the largest |g_j|, 0 elsewhere."""
-        finite = _rows(gradient).isfinite().all(1, keepdim=True)
-        g = torch.where(finite, _rows(gradient), 0)
+        g = _usable(_rows(gradient))
         j = g.abs().argmax(1, keepdim=True)
         return torch.zeros_like(g).scatter(1, j, g.gather(1, j).sign() * self.radius).reshape(gradient.shape)
 
@@ -222,24 +219,28 @@ class Layerwise:
 
     def steepest(self, gradient: Weights, centre: Weights) -> dict[str, Tensor]:
         """v_l = radius * ‖w_l‖ * g_l / ‖g_l‖."""
-        v = _units([*gradient.values()])
-        torch._foreach_mul_(v, _each(self._limits(gradient, centre), v))
-        return dict(zip(gradient, v, strict=True))
+        v = copies(gradient)
+        for g, w in alike(v.values(), [centre[name] for name in v]):
+            torch._foreach_div_(g, [*norms(g, math.inf)])  # first, as in `_unit`
+            lengths = norms(g)  # NaN, if g was 0 or not finite
+            torch._foreach_mul_(g, [*(self.radius * norms(w) / lengths)])
+            torch._foreach_mul_(numbers := bits(g), [*(lengths > 0).to(numbers[0].dtype)])
+        return v
 
     def project(self, displacement: Weights, centre: Weights) -> dict[str, Tensor]:
         """Scale each tensor to its radius."""
-        v, limits = [*displacement.values()], self._limits(displacement, centre)
-        factors = torch.where((lengths := norms(v)) > limits, limits / lengths, 1)
-        return dict(zip(displacement, torch._foreach_mul(v, _each(factors, v)), strict=True))
+        found = copies(displacement)
+        for v, w in alike(found.values(), [centre[name] for name in found]):
+            lengths, limits = norms(v), self.radius * norms(w)
+            torch._foreach_mul_(v, [*torch.where(lengths > limits, limits / lengths, 1)])
+        return found
 
     def sample(self, centre: Weights, generator: Generator = None, surface: bool = False) -> dict[str, Tensor]:
         """Uniform in (or on) each tensor's own ball."""
-        found = [_sample_rows(w.reshape(1, -1), generator, surface).reshape(w.shape) for w in centre.values()]
-        torch._foreach_mul_(found, _each(self._limits(centre, centre), found))
-        return dict(zip(centre, found, strict=True))
-
-    def _limits(self, like: Weights, centre: Weights) -> Tensor:
-        return self.radius * norms([centre[name] for name in like])
+        found = {name: _sample_rows(_rows(w[None]), generator, surface).reshape(w.shape) for name, w in centre.items()}
+        for v, w in alike(found.values(), centre.values()):
+            torch._foreach_mul_(v, [*(self.radius * norms(w))])
+        return found
 
 
 @dataclass(frozen=True)
@@ -377,8 +378,7 @@ class Box:
 
     def steepest(self, gradient: Weights, centre: Weights) -> dict[str, Tensor]:
         """v_i = radius * (|w_i| + offset) * sign(g_i)."""
-        g = _joined(gradient)
-        return _split(torch.where(g.isfinite().all(), g.sign(), 0) * self._limit(gradient, centre), gradient)
+        return _split(_usable(_joined(gradient)).sign() * self._limit(gradient, centre), gradient)
 
     def project(self, displacement: Weights, centre: Weights) -> dict[str, Tensor]:
         """Clamp each number to its radius."""
@@ -395,18 +395,55 @@ class Box:
         return self.radius * _sizes(like, centre, self.offset)
 
 
-# Tensors with a radius each, all at once, since on a GPU small ones cost what their launches cost.
+# Many tensors at once, since on a GPU small ones cost what their launches cost. To multiply each by a number of its own
+# is a launch for each all the same: torch has no kernel for that.
+
+
+def alike(*lists: Iterable[Tensor]) -> list[tuple[list[Tensor], ...]]:
+    """The lists in pieces that torch takes in one launch: by devices and types. Where the first tensor of a row is one
+    that torch has yet to conjugate, or to negate, the whole row is taken the other way, so that writing to it works.
+
+    >>> alike([torch.tensor([1]), torch.tensor([2.0]), torch.tensor([3])])
+    [([tensor([1]), tensor([3])],), ([tensor([2.])],)]
+    """
+    pieces: dict[object, list[tuple[Tensor, ...]]] = {}
+    for row in zip(*lists, strict=True):
+        row = tuple(tensor.conj() for tensor in row) if row[0].is_conj() else row
+        row = tuple(torch._neg_view(tensor) for tensor in row) if row[0].is_neg() else row
+        row = tuple(tensor.resolve_conj().resolve_neg() for tensor in row)
+        pieces.setdefault(tuple((tensor.device, tensor.dtype) for tensor in row), []).append(row)
+    return [tuple(map(list, zip(*piece, strict=True))) for piece in pieces.values()]
+
+
+def own(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """The tensors; of a DTensor the shard that is here, since torch has no rule for copying many."""
+    return [tensor.to_local() if hasattr(tensor, "to_local") else tensor for tensor in tensors]
+
+
+@torch.no_grad()
+def copy(targets: Iterable[Tensor], sources: Iterable[Tensor]) -> None:
+    """Each source into its target."""
+    for into, values in alike(own(targets), own(sources)):
+        torch._foreach_copy_(into, values)
+
+
+def copies(tensors: Mapping[Any, Tensor]) -> dict[Any, Tensor]:
+    """Detached clones."""
+    made = {key: torch.empty_like(tensor, requires_grad=False) for key, tensor in tensors.items()}
+    copy(made.values(), tensors.values())
+    return made
 
 
 def norms(tensors: Sequence[Tensor], order: float = 2) -> Tensor:
-    """The norm of every tensor, (L,); 0 for one without numbers.
+    """The norm of every tensor, (L,), on the first one's device; 0 for one without numbers.
 
     >>> norms([torch.tensor([[3.0, -4.0]]), torch.tensor(2.0)])
     tensor([5., 2.])
     """
     filled = [tensor if tensor.numel() > 0 else tensor.new_zeros(1) for tensor in tensors]
     scalar = order == math.inf and filled[0].is_cpu  # where torch's norm looks at one number at a time
-    return torch.stack([t.abs().amax() for t in filled] if scalar else [*torch._foreach_norm(filled, order)])
+    found = [t.abs().amax() for t in filled] if scalar else torch._foreach_norm(filled, order)
+    return torch.stack([norm.to(found[0].device) for norm in found])
 
 
 def bits(tensors: Iterable[Tensor]) -> list[Tensor]:
@@ -420,22 +457,6 @@ def bits(tensors: Iterable[Tensor]) -> list[Tensor]:
     integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     real = (torch.view_as_real(tensor) if tensor.is_complex() else tensor for tensor in tensors)
     return [tensor.view(integers[tensor.itemsize]) for tensor in real]
-
-
-def _units(tensors: list[Tensor]) -> list[Tensor]:
-    """Each tensor divided by its norm; 0 where it is zero or not finite."""
-    largest = norms(tensors, math.inf)
-    usable = (largest > 0) & (largest < math.inf)  # false for NaN, too
-    scaled = [*torch._foreach_div(tensors, _each(largest, tensors))]  # first, as in `_unit`
-    torch._foreach_div_(scaled, _each(norms(scaled), scaled))
-    numbers = bits(scaled)
-    torch._foreach_mul_(numbers, _each(usable.to(numbers[0].dtype), numbers))
-    return scaled
-
-
-def _each(values: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
-    """A number for every tensor, in its type."""
-    return [value.to(tensor.dtype) for value, tensor in zip(values, tensors, strict=True)]
 
 
 # Below, every norm is taken over the second dimension of a matrix: a row is whatever has a radius of its own.
@@ -463,6 +484,11 @@ def _split(row: Tensor, like: Weights) -> dict[str, Tensor]:
 def _norm(rows: Tensor, order: float = 2) -> Tensor:
     norm: Tensor = torch.linalg.vector_norm(rows, ord=order, dim=1, keepdim=True)
     return norm
+
+
+def _usable(rows: Tensor) -> Tensor:
+    """The rows; 0 where a row is not finite."""
+    return torch.where(rows.isfinite().all(1, keepdim=True), rows, 0)
 
 
 def _unit(rows: Tensor, order: float = 2) -> Tensor:

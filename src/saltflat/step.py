@@ -24,14 +24,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from saltflat.balls import Weights, bits, norms
+from saltflat.balls import Weights, alike, bits, copies, norms, own
 from saltflat.inputs import InputAdversary
 from saltflat.objectives import Objective
 from saltflat.random import Generator
-from saltflat.weights import Ascent, Where, alike, copies, displaced, perturbed
+from saltflat.weights import Ascent, Where, displaced, perturbed
 
 Mode = Literal["eval", "train"]
 Climb = Callable[..., AbstractContextManager[Ascent]]  # a function that is called like `perturbed`
+AttackOn = Callable[[nn.Module], Callable[[Any], Tensor]]  # what an attack climbs on, made of the model
 
 
 def itself(model: nn.Module) -> Callable[[Any], Tensor]:
@@ -79,7 +80,7 @@ def double_perturbation_step(
     climbed: Callable[[nn.Module, Any, Any, Tensor], Tensor] | None = None,
     share: float = 1.0,
     attack_mode: Mode = "eval",
-    attack_on: Callable[[nn.Module], Callable[[Any], Tensor]] = itself,
+    attack_on: AttackOn = itself,
     steps: int = 1,
     step_size: float | None = None,
     alternations: int = 1,
@@ -106,7 +107,8 @@ def double_perturbation_step(
         attack_on: makes what the attack climbs on of the model, as it stands at the beginning of every attack: in its
             mode, and at its weights, w + v from the second of A attacks on. Something that gives the logits, or nearly,
             and can be differentiated in x; by default the model itself. In attack mode "train", running statistics see
-            what it does to the model's.
+            what it does to the model's. `saltflat.lean.leaner()` is for CPUs and attack mode "eval"; elsewhere it gives
+            the model itself, and nothing is gained.
         steps, step_size: K2 and eta_2 of the weight ascent, as in `perturbed`.
         alternations: A; each goes on from where both adversaries stand.
         step_inside: the optimiser steps at w + v, as in `perturbed`.
@@ -209,8 +211,8 @@ def dropping(model: nn.Module, optimizer: torch.optim.Optimizer) -> Callable[[],
         gradients = [p.grad._values() if p.grad.is_sparse else p.grad for p in given if p.grad is not None]
         finite = norms(gradients or [torch.zeros(1)], math.inf).isfinite().all()
         bad = ~(finite.full_tensor() if hasattr(finite, "full_tensor") else finite)  # a DTensor's: of all shards
-        for (numbers,) in alike(bits(gradients)):
-            torch._foreach_mul_(numbers, (~bad).to(numbers[0].dtype))
+        for (found,) in alike(own(gradients)):
+            torch._foreach_mul_(numbers := bits(found), (~bad).to(numbers[0]))
         undo(bad)
         return bad.long()
 
@@ -219,16 +221,16 @@ def dropping(model: nn.Module, optimizer: torch.optim.Optimizer) -> Callable[[],
 
 def undoing(model: nn.Module) -> Callable[[Tensor], None]:
     """Takes the buffers as they are; what comes back puts them back, if it is given a true tensor, on the device."""
-    found = {name: buffer for name, buffer in model.named_buffers() if not is_lazy(buffer)}
-    kept = dict(zip(found, copies([*found.values()]), strict=True))
+    kept = copies({name: buffer for name, buffer in model.named_buffers() if not is_lazy(buffer)})
 
     @torch.no_grad()
     def undo(condition: Tensor) -> None:
         # a cache that grew stays as it is
-        now = {name: found for name, found in model.named_buffers() if name in kept and found.shape == kept[name].shape}
-        for numbers, before in alike(bits(now.values()), bits(kept[name] for name in now)):
-            back = [*torch._foreach_sub(before, numbers)]
-            torch._foreach_mul_(back, condition.to(back[0].dtype))
+        now = {name: new for name, new in model.named_buffers() if name in kept and new.shape == kept[name].shape}
+        for buffers, before in alike(own(now.values()), own(kept[name].to(new) for name, new in now.items())):
+            numbers = bits(buffers)
+            back = [*torch._foreach_sub(bits(before), numbers)]
+            torch._foreach_mul_(back, condition.to(back[0]))
             torch._foreach_copy_(numbers, torch._foreach_add(numbers, back))
 
     return undo

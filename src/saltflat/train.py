@@ -59,6 +59,9 @@ class Plan:
         perturb_every: the ball is given to every so many-th step, the first of training among them; None to the others.
         step: `double_perturbation_step`, perhaps with some of its arguments bound, or a function that is called like it
             (`saltflat.neighbours`).
+        excused: how many batches of this training, a number on any device, the step dropped while it was searching for
+            something of its own, such as fp16's loss scale, which is as much as to say that the next may fit: these
+            are no sign that training fails. None are, unless it says so.
         memory: what steps keep from one to the next, by name: the very dictionary that was bound to `step`, or resuming
             loses it. Emptied when training begins, saved with its state.
         clean_forward: after each step, run the model on the clean batch in train mode, for its running statistics
@@ -85,6 +88,7 @@ class Plan:
     measure: PGD
     perturb_every: int = 1
     step: Callable[..., Step] = double_perturbation_step
+    excused: Callable[[], Tensor] = lambda: torch.zeros((), dtype=torch.int64)
     memory: dict[str, Tensor] = field(default_factory=dict)
     clean_forward: bool = False
     augment: Callable[[Tensor, torch.Generator], Tensor] = as_it_is
@@ -130,11 +134,11 @@ class Epoch:
 
     Attributes:
         epoch: how many are done.
-        metrics: numbers to be written down: losses of the epoch's steps, and for each measured set its size, clean and
-            robust accuracy and loss; `gap` is robust accuracy on train minus on test, and robust loss on test minus on
-            train; `collapsed`, whether robust accuracy on train fell by more than 20 points since the epoch before;
-            `skipped` and `dropped`, as in `Step`, over all steps; `seconds` of the epoch's steps, whose sum over epochs
-            is the time of training, and `evaluation_seconds` of its measurements.
+        metrics: numbers to be written down: losses of the epoch's steps, NaN where no batch was used, and for each
+            measured set its size, clean and robust accuracy and loss; `gap` is robust accuracy on train minus on test,
+            and robust loss on test minus on train; `collapsed`, whether robust accuracy on train fell by more than 20
+            points since the epoch before; `skipped` and `dropped`, as in `Step`, over all steps; `seconds` of the
+            epoch's steps, whose sum over epochs is the time of training, and `evaluation_seconds` of its measurements.
         best: robust accuracy on `validation` is the highest so far; clean accuracy, where training attacks nothing.
         model: the network that was measured (the average, if there is one).
         state: all that `fit` needs to go on from here, as tensors and numbers; save it before asking for the next
@@ -175,8 +179,8 @@ def fit(
         state: of an earlier `Epoch`, to go on after it; model and optimiser are loaded from it.
 
     Raises: ValueError for a share of extra examples without such, or the reverse, and for extra examples of another
-        shape or number of classes; FloatingPointError at the end of an epoch in which more batches were dropped, for
-        gradients that are not finite, than used.
+        shape or number of classes; FloatingPointError at the end of an epoch in which more than half of the batches
+        were dropped, for gradients that are not finite, those that the plan excuses left aside.
     """
     _check_extra(extra, train, plan)
     device = next(model.parameters()).device
@@ -205,7 +209,7 @@ def fit(
         order = torch.randperm(len(train), generator=seeded(plan.seed, epoch, ORDER)).to(device)
         generator = seeded(plan.seed, epoch, DRAWS, device=device)
         drawn = _drawn(extra, batches, plan.batch_size, seeded(plan.seed, epoch, EXTRA)).to(device)
-        sums = torch.zeros(5, dtype=torch.float64, device=device)
+        sums, excused = torch.zeros(5, dtype=torch.float64, device=device), plan.excused()
         with in_mode(model, "train"):
             for rows, extra_rows in zip(torch.split(order, own), drawn, strict=False):
                 for group in optimizer.param_groups:
@@ -242,8 +246,9 @@ def fit(
             average.update_parameters(model)
             reestimate_statistics(average.module, (to_float(part) for part in torch.tensor_split(images, batches)))
 
-        used, loss, perturbed_loss, skipped, dropped = sums.tolist()  # the epoch's one wait for the device
-        if dropped > batches / 2:
+        sums = torch.cat([sums, (plan.excused() - excused).reshape(1).to(sums)])
+        used, loss, perturbed_loss, skipped, dropped, excusable = sums.tolist()  # the epoch's one wait for the device
+        if dropped - excusable > batches / 2:
             raise FloatingPointError(
                 f"epoch {epoch}: the gradient of {int(dropped)} of {batches} batches was not finite; "
                 "a lower learning rate, gamma or precision may be to blame"
@@ -264,8 +269,8 @@ def fit(
             "step": step,
             "learning_rate": optimizer.param_groups[0]["lr"],
             "gamma": 0.0 if ball is None else ball.radius,
-            "loss": loss / used,
-            "perturbed_loss": perturbed_loss / used,
+            "loss": loss / used if used else math.nan,
+            "perturbed_loss": perturbed_loss / used if used else math.nan,
             "skipped": int(skipped),
             "dropped": int(dropped),
             **sets,

@@ -17,17 +17,17 @@ Algorithm 1.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
+from operator import getitem, setitem
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from saltflat.balls import WeightBall, Weights, norms
+from saltflat.balls import WeightBall, Weights, alike, check_radius, copies, copy, norms
 
 Closure = Callable[[], Tensor]
 Parameters = Mapping[str, nn.Parameter]
@@ -159,35 +159,35 @@ def perturbed(
     """
     if steps < 1:
         raise ValueError(f"steps: expected an integer >= 1, got {steps!r}")
-    if isinstance(loss, Mapping) and steps > 1:
+    given, closures = (loss, []) if isinstance(loss, Mapping) else ({}, as_closures(loss))
+    if given and steps > 1:
         raise ValueError(f"steps: a gradient at hand allows one step, got {steps!r}")
     if step is not None and step_size is not None:
         raise ValueError(f"step_size: expected None beside a step of its own size, got {step_size!r}")
-    if step_size is not None and not 0 <= step_size < math.inf:
-        raise ValueError(f"step_size: expected a finite number >= 0, got {step_size!r}")
-    closures = [] if isinstance(loss, Mapping) else as_closures(loss)
+    size = ball.radius / steps if step_size is None else step_size
+    check_radius(size, "step_size")
     parameters = chosen_weights(model, where)
-    for given, tensors in (("start", start or {}), ("loss", loss if isinstance(loss, Mapping) else {})):
+    for argument, tensors in (("start", start or {}), ("loss", given)):
         if strange := [name for name in tensors if name not in parameters]:
-            raise ValueError(f"{given}: {strange[0]!r} is none of the {len(parameters)} weights that are perturbed")
-    step = step or replace(ball, radius=ball.radius / steps if step_size is None else step_size)
+            raise ValueError(f"{argument}: {strange[0]!r} is none of the {len(parameters)} weights that are perturbed")
+    step = step or (ball if size == ball.radius else replace(ball, radius=size))
     with given_back(parameters) as centre:
         v, value, skipped = dict(start or {}), None, []
         del start
-        place(parameters, centre, v)
+        if v:
+            place(parameters, centre, v)
         for _ in range(steps):
-            if isinstance(loss, Mapping):
-                g = dict(loss)
-            else:
-                g, reached = climbing_gradient(model, closures, parameters)
-                value = reached if value is None else value
+            g, reached = climbing_gradient(model, closures, parameters) if closures else (given, None)
+            value = reached if value is None else value
             if not g:
                 raise ValueError(f"loss: reaches none of the {len(parameters)} weights that are perturbed")
             ahead = step.steepest(g, centre)
-            v = ball.project(v | {name: v[name] + s if name in v else s for name, s in ahead.items()}, centre)
+            away = v | {name: v[name] + s if name in v else s for name, s in ahead.items()}
+            v = ahead if step is ball and not v else ball.project(away, centre)  # one step is a member already
             place(parameters, centre, v)
             skipped.append((norms([*ahead.values()], 1) == 0).sum())
-        del v, g, ahead  # while the block runs, one copy of the weights is kept; two if the optimiser steps inside
+        # While the block runs, one copy of the weights is kept; two if the optimiser steps inside.
+        del v, g, ahead, away
         with held(parameters, centre, value, torch.stack(skipped).sum(), step_inside) as ascent:
             yield ascent
 
@@ -208,20 +208,23 @@ def held(
 @contextmanager
 def given_back(parameters: Parameters) -> Iterator[dict[str, Tensor]]:
     """Yields the centre, and puts back whatever stands in it afterwards: w, to the bit."""
-    centre = dict(zip(parameters, copies([*parameters.values()]), strict=True))
-    with _finally(lambda: _copy([*parameters.values()], [centre[name] for name in parameters])):
+    centre = copies(parameters)
+    with _finally(lambda: place(parameters, centre, {})):
         yield centre
 
 
 @contextmanager
 def _step_kept(parameters: Parameters, centre: dict[str, Tensor]) -> Iterator[None]:
     """What happens to w + v inside happens to the centre: w <- w + (what the step did), as in the official code."""
-    before = copies([*parameters.values()])
+    before = [*copies(parameters).values()]
     try:
         yield
     finally:
-        torch._foreach_sub_(before, [parameter.detach() for parameter in parameters.values()])
-        torch._foreach_sub_([centre[name] for name in parameters], before)  # - 0.0 leaves -0.0, which + 0.0 would not
+        now = [parameter.detach() for parameter in parameters.values()]
+        gone = torch._foreach_sub(before, now)
+        for part, one, other in zip(gone, before, now, strict=True):
+            part.masked_fill_(one == other, 0)  # inf - inf is NaN
+        torch._foreach_sub_([centre[name] for name in parameters], gone)  # - 0.0 leaves -0.0, which + 0.0 would not
 
 
 @contextmanager
@@ -241,8 +244,7 @@ def _no_step(parameters: Parameters) -> Iterator[None]:
         yield
     finally:
         hook.remove()
-    changed = [name for name, p in parameters.items() if id(p) in stepped or p._version != versions[name]]
-    if changed:
+    if changed := [name for name, p in parameters.items() if id(p) in stepped or p._version != versions[name]]:
         raise RuntimeError(
             f"weight {changed[0]!r} was changed inside `perturbed`, and lost: step after it, or pass step_inside=True"
         )
@@ -285,7 +287,7 @@ def _gradients_set_aside(model: nn.Module) -> Iterator[None]:
     The content is copied, not only the reference kept: under DistributedDataParallel a `.grad` may be a view of a
     bucket that the next backward fills.
     """
-    with _kept([(parameter, "grad") for parameter in model.parameters()]):
+    with _kept([(parameter, "grad") for parameter in model.parameters()], getattr, setattr):
         for parameter in model.parameters():
             parameter.grad = None
         yield
@@ -296,20 +298,20 @@ def buffers_kept(model: nn.Module) -> AbstractContextManager[None]:
 
     All are written back: BatchNorm's kernels change the running statistics without raising their version counters.
     """
-    return _kept([(module, name) for module in model.modules() for name in module._buffers])
+    return _kept([(module._buffers, name) for module in model.modules() for name in module._buffers], getitem, setitem)
 
 
 @contextmanager
-def _kept(attributes: Sequence[tuple[Any, str]]) -> Iterator[None]:
+def _kept(names: Sequence[tuple[Any, str]], get: Callable[..., Any], put: Callable[..., Any]) -> Iterator[None]:
     """After the block they are the tensors that they were, or None, with the content that they had."""
-    found = [(owner, name, getattr(owner, name)) for owner, name in attributes]
-    tensors = [tensor for _, _, tensor in found if tensor is not None]
+    found = [(owner, name, get(owner, name)) for owner, name in names]
+    tensors = dict(enumerate(tensor for _, _, tensor in found if tensor is not None))
     contents = copies(tensors)
 
     def put_back() -> None:
         for owner, name, tensor in found:
-            setattr(owner, name, tensor)
-        _copy(tensors, contents)
+            put(owner, name, tensor)
+        copy(tensors.values(), contents.values())
 
     with _finally(put_back):
         yield
@@ -326,36 +328,11 @@ def chosen_weights(model: nn.Module, where: Where) -> dict[str, nn.Parameter]:
 
 @torch.no_grad()
 def place(parameters: Parameters, centre: Weights, displacement: Weights) -> None:
-    """w + v, for the names in v."""
-    weights: list[Tensor] = [parameters[name] for name in displacement]
-    _copy(weights, [centre[name] for name in displacement])
-    if weights:
-        torch._foreach_add_(weights, list(displacement.values()))
-
-
-def copies(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Detached clones."""
-    made = [torch.empty_like(tensor) for tensor in tensors]
-    _copy(made, tensors)
-    return made
-
-
-@torch.no_grad()
-def _copy(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
-    for into, values in alike(targets, sources):
-        torch._foreach_copy_(into, values)
+    """w + v; w where v has no name."""
+    copy(parameters.values(), [centre[name] for name in parameters])
+    for weights, v in alike([parameters[name] for name in displacement], displacement.values()):
+        torch._foreach_add_(weights, v)
     torch.clear_autocast_cache()  # or an autocast around the block would go on with copies of the weights as they were
-
-
-def alike(*lists: Sequence[Tensor]) -> list[tuple[list[Tensor], ...]]:
-    """The lists in pieces that torch takes in one launch: by the types of their numbers. A DTensor's own shard stands
-    for it, since torch has no rule for copying many.
-    """
-    pieces: dict[object, list[tuple[Tensor, ...]]] = {}
-    for row in zip(*lists, strict=True):
-        shards = tuple(tensor.to_local() if hasattr(tensor, "to_local") else tensor for tensor in row)
-        pieces.setdefault(tuple(shard.dtype for shard in shards), []).append(shards)
-    return [tuple(map(list, zip(*piece, strict=True))) for piece in pieces.values()]
 
 
 @contextmanager

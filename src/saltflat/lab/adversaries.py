@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from saltflat.balls import Box, Ellipsoid, Global, Layerwise
-from saltflat.lab.climbing import AttackOn, attack_on
+from saltflat.lab.climbing import attack_on
 from saltflat.lab.config import Awp, Train
 from saltflat.lab.precision import resolved, taken_in
 from saltflat.neighbours.adaptive_random_wp import adaptively_drawn, by_coordinate, by_filter
@@ -27,7 +27,7 @@ from saltflat.neighbours.weighted import all_but_last
 from saltflat.objectives import Objective
 from saltflat.random import Generator
 from saltflat.schedules import constant, from_progress
-from saltflat.step import Climb, Radius, Step, double_perturbation_step
+from saltflat.step import AttackOn, Climb, Radius, Step, double_perturbation_step
 from saltflat.weights import Where, default, perturbed, trained
 
 LAYERS = ("awp", "robust-wp", "kaggle", "fast")  # leave biases and norm layers alone

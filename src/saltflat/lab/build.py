@@ -17,6 +17,7 @@ from saltflat.data import Images, Splits
 from saltflat.inputs import PGD, gaussian, uniform, zero
 from saltflat.lab import adversaries
 from saltflat.lab.config import BadInput, Data, Train
+from saltflat.lab.precision import searched
 from saltflat.lab.threat import trained_against
 from saltflat.neighbours.logit_pairing import ALP
 from saltflat.objectives import AT, MART, TRADES, Natural, Objective, Value
@@ -264,6 +265,7 @@ def plan(config: Train, classes: int) -> Plan:
         perturb_every=config.awp.every,
         measure=trained_against(config.attack).pgd(config.evaluation.steps),
         step=adversaries.step(config, memory),
+        excused=lambda: searched(memory),
         memory=memory,
         clean_forward=of.clean_forward == "after",
         augment=_augmentation(config),

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from saltflat.lab.config import BadInput, Train
 from saltflat.lean import leaner
+from saltflat.step import AttackOn
 
-AttackOn = Callable[[nn.Module], Callable[[Any], Tensor]]
-LEAN = {"fp32": None, "tf32": None, "bf16": torch.bfloat16}  # in fp16, CPUs have no such convolutions
+LEAN = {"fp32": None, "bf16": torch.bfloat16}  # in fp16, CPUs have no such convolutions
 
 
 def attack_on(config: Train, precision: str, device: torch.device) -> AttackOn | None:

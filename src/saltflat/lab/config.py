@@ -263,7 +263,8 @@ class Evaluation:
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
     steps: Count = 10
-    """Steps of the PGD that measures after every epoch; norm, eps and step size are the attack's."""
+    """Steps of the PGD that measures after every epoch; norm and eps are the attack's, its step size, too, but for at
+    most eps / 4."""
     examples: CountOrZero = 0
     """Training, and test, examples that are measured, stratified; 0 takes all. Validation is measured whole."""
     batch_size: Count = 256
@@ -276,8 +277,9 @@ class Compute:
 
     precision: Literal["auto", "fp32", "tf32", "bf16", "fp16"] = "auto"
     """Of training's steps. fp32 is strict; tf32 rounds what convolutions and matrix products are given on a GPU to 10
-    bits; bf16 and fp16 run under autocast, weights and their updates staying in fp32, and fp16 with a dynamic loss
-    scale. auto takes tf32 on a GPU that has it, else fp32. Whatever is measured is measured in strict fp32."""
+    bits, and is fp32 where there is none; bf16 and fp16 run under autocast, weights and their updates staying in fp32,
+    and fp16 with a dynamic loss scale. In bf16, TRADES' attack is weaker: it begins where the KL is below bf16's
+    rounding. auto takes tf32 on a GPU that has it, else fp32. Whatever is measured is measured in strict fp32."""
     compile: bool = False
     """Attacks in eval mode climb on the network as torch.compile makes it, which takes a while at first. It was not run
     on a GPU."""
@@ -362,9 +364,13 @@ def _check_together(config: Train) -> None:
             f"compute.precision: {config.awp.method} looks at gradients or losses as they are, and fp16 needs them "
             "scaled; expected another, got 'fp16'"
         )
-    if config.compute.compile and (config.attack.mode == "train" or config.attack.replays > 0):
-        what = "attack.replays" if config.attack.replays else "attack.mode train"
-        raise BadInput(f"compute.compile: attacks in eval mode are compiled; expected false with {what}, got true")
+    for what, holds in (
+        ("objective.name natural", config.objective.name == "natural"),
+        ("attack.replays", config.attack.replays > 0),
+        ("attack.mode train", config.attack.mode == "train"),
+    ):
+        if config.compute.compile and holds:
+            raise BadInput(f"compute.compile: attacks in eval mode are compiled; expected false with {what}, got true")
     if config.attack.replays > 0:
         _check_replays(config)
     _check_labels(config)

@@ -6,8 +6,13 @@
     fp16   on 11 bits with a small exponent, so that the loss is scaled:  g = grad(s L) / s
 
 Weights, the optimiser's state and BatchNorm's statistics are fp32 in all of them. s is halved when a batch is dropped,
-since its gradient was not finite, and doubled after 2000 that were not. The attack climbs a sum over examples, not a
-mean, and is not scaled.
+since its gradient was not finite, and doubled after 2000 that were not; it is 1 at least, and a batch that is dropped
+above that tells of s, not of the training (`searched`). The attack climbs a sum over examples, not a mean, and is not
+scaled.
+
+TRADES' attack begins at x + 0.001 N(0, 1), where its KL term is below the rounding of bf16's logits, so that its first
+step goes astray more often, and training has a weaker attack. Cross-entropy, which AT and MART climb on, has no such
+beginning.
 
 Forwards are under autocast, one at a time, and nothing else is: what objectives and balls do with logits and gradients
 is in fp32, and no copy of a weight outlives a change of it.
@@ -32,18 +37,18 @@ from saltflat.step import Step
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 AMPERE = (8, 0)  # the first compute capability with tf32
-SCALE, GOOD = "loss_scale", "good_steps"  # in a memory
+SCALE, GOOD, SEARCHED = "loss_scale", "good_steps", "dropped_by_scale"  # in a memory
 FIRST, LARGEST = 2.0**12, 2.0**24  # of s
 PATIENCE = 2000
 
 
 def resolved(precision: str, device: torch.device) -> str:
-    """`auto` in full: tf32 on a GPU that has it, else fp32.
+    """What is computed where that is asked for: `auto` and `tf32` are tf32 on a GPU that has it, else fp32.
 
     >>> resolved("auto", torch.device("cpu")), resolved("bf16", torch.device("cpu"))
     ('fp32', 'bf16')
     """
-    if precision != "auto":
+    if precision not in ("auto", "tf32"):
         return precision
     return "tf32" if device.type == "cuda" and torch.cuda.get_device_capability(device) >= AMPERE else "fp32"
 
@@ -73,8 +78,8 @@ def taken_in(
     """The step that `take` makes of an objective, in a (resolved) precision.
 
     Args:
-        memory: {"loss_scale": s, "good_steps": how many since it last changed}, for fp16 alone; empty at first,
-            changed, on the device.
+        memory: {"loss_scale": s, "good_steps": how many since it last changed, "dropped_by_scale": what `searched`
+            tells}, for fp16 alone; empty at first, changed, on the device.
 
     With fp16, `optimizer` divides by s before it steps; its gradients until then are s times larger. `Step` tells of
     losses as they are.
@@ -155,8 +160,14 @@ def _learn(memory: dict[str, Tensor], dropped: Tensor) -> None:
     scale, bad = memory[SCALE], dropped > 0
     good = torch.where(bad, 0, memory.get(GOOD, torch.zeros_like(dropped)) + 1)
     grown = torch.where(good >= PATIENCE, 2 * scale, scale)
+    memory[SEARCHED] = memory.get(SEARCHED, torch.zeros_like(dropped)) + (bad & (scale > 1))
     memory[SCALE] = torch.where(bad, scale / 2, grown).clamp(1.0, LARGEST)
     memory[GOOD] = torch.where(good >= PATIENCE, 0, good)
+
+
+def searched(memory: dict[str, Tensor]) -> Tensor:
+    """How many batches were dropped while s could still come down: it halved, and the next may fit. Counted in all."""
+    return memory.get(SEARCHED, torch.zeros((), dtype=torch.int64))
 
 
 @contextmanager
@@ -194,13 +205,17 @@ def _switch_back(matmul: str | None, cudnn: bool | None, newer: list[str]) -> No
     if cudnn is not None:
         torch.backends.cudnn.allow_tf32 = cudnn
     for place, value in zip(_places(), newer, strict=True):
-        place.fp32_precision = value
+        place.fp32_precision = "none"  # what stands above it: if that is what was read, it may have been that
+        if place.fp32_precision != value:
+            place.fp32_precision = value
 
 
 def _places() -> list[Any]:
     """The newer switches, if there are any."""
     of: Any = torch.backends
-    return [of.cuda.matmul, of.mkldnn.matmul, of.cudnn.conv, of.cudnn.rnn] if hasattr(of.cudnn, "conv") else []
+    if not hasattr(of.cudnn, "conv"):
+        return []
+    return [of.cuda.matmul, of.cudnn.conv, of.cudnn.rnn, of.mkldnn.matmul, of.mkldnn.conv, of.mkldnn.rnn]
 
 
 @functools.cache

@@ -92,7 +92,10 @@ def resume(out: Path) -> None:
         state = checkpoints.load_state(path, ready.model, averaged)
         if state["config"] != _identity(ready):
             changed = f"{out / 'config.yaml'}{' (or what extra.path holds)' if config.extra.path else ''}"
-            raise BadInput(f"run: {changed} was changed since the run began: put it back, or begin a new run")
+            raise BadInput(
+                f"run: {changed} was changed since the run began: put it back, or begin a new run; or an earlier "
+                "version of saltflat began it"
+            )
     record.keep_metrics_until(out, 0 if state is None else state["epoch"])
     _train(ready, out, state)
 

@@ -117,7 +117,7 @@ def accumulated(
             # A copy, too: under DDP a gradient may be a view of a bucket that the next backward fills.
             found = {name: torch.where(part.isfinite().all(), part, 0) for name, part in g.items()}
             total |= {name: total[name] + part if name in total else part for name, part in found.items()}
-            v = ball.project(ball.steepest(total, centre), centre)
+            v = ball.steepest(total, centre)
             place(parameters, centre, v)
         skipped = torch.stack([(part == 0).all() for part in v.values()]).sum()  # by all gradients together
         del total, g, found, v

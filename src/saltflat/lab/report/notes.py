@@ -19,6 +19,7 @@ SHARED_ENVIRONMENT = {
     "torch": "The runs come from different versions of torch",
     "processor": "The runs come from different processors",
     "device": "The runs come from different devices",
+    "precision": "The runs were trained in different precisions",
     "threads": "The runs come from different numbers of threads",
 }
 

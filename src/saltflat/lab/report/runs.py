@@ -21,7 +21,7 @@ from typing import Annotated, Any, TypeVar
 import yaml
 from pydantic import BeforeValidator, Field, Strict, TypeAdapter
 
-from saltflat.lab.config import BadInput
+from saltflat.lab.config import BadInput, Train, as_text
 from saltflat.lab.report.landscapes import Line, Plane, read_landscape
 from saltflat.lab.report.rows import flattened
 
@@ -196,7 +196,7 @@ def read_run(folder: Path) -> Run:
         folder=folder,
         label=config["recipe"],
         seed=config["seed"],
-        config=flattened(config),
+        config=flattened(_completed(yaml.safe_load(as_text(Train())), config)),
         environment=_read_rows(folder / "environment.json", notes, "the machine and versions are unknown"),
         evaluation=_read_rows(folder / "evaluation.json", notes, "the attack at each epoch is not stated"),
         epochs=_read_epochs(folder / "metrics.jsonl", notes),
@@ -222,6 +222,19 @@ def _read_config(folder: Path) -> dict[str, Any]:
         if type(config.get(name)) is not kind:
             raise BadInput(f"{folder}: no run, config.yaml: {name} must be {kind.__name__}, got {config.get(name)!r}")
     return config
+
+
+def _completed(usual: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+    """A config with today's default for every field that its version did not have.
+
+    >>> _completed({"awp": {"gamma": 0.0, "every": 1}}, {"awp": {"gamma": 0.01}})
+    {'awp': {'gamma': 0.01, 'every': 1}}
+    """
+    found = usual | own
+    for name, section in usual.items():
+        if isinstance(section, dict) and isinstance(own.get(name), dict):
+            found[name] = section | own[name]
+    return found
 
 
 def _read_rows(path: Path, notes: list[str], consequence: str) -> dict[str, str]:

@@ -50,8 +50,11 @@ def _method(run: Run) -> dict[str, str]:
 
 
 def _name(run: Run, others: Sequence[Run]) -> str:
-    """The recipe's name, and where several groups share it, the fields in which they differ."""
-    fields = differing([_method(other) for other in others if other.label == run.label])
+    """The recipe's name, and where several groups share it, the fields in which they differ: those first that all have,
+    since what a run of another version does not know may be no difference.
+    """
+    methods = [_method(other) for other in others if other.label == run.label]
+    fields = sorted(differing(methods), key=lambda field: any(field not in method for method in methods))
     if not fields:
         return run.label
     shown = ", ".join(f"{key} {run.config.get(key, MISSING)}" for key in fields[:3])
