@@ -70,8 +70,8 @@ def arms(folder: Path) -> dict[str, list[Run]]:
 
 
 def mixture(by_arm: Mapping[str, Sequence[Run]]) -> str | None:
-    """Why runs cannot be compared, in a line; None if they can. Those of an arm have to differ in their seeds alone;
-    all have to be computed in one precision, and to be measured in the same way, on as many images.
+    """Why runs cannot be compared, in a line; None if they can. Those of an arm have to differ in their seeds alone, and
+    to be computed in one precision; all have to be measured in the same way, on as many images.
     """
     for arm, runs in by_arm.items():
         fields = [field for field in differing([run.config for run in runs]) if field != "seed"]
@@ -79,6 +79,8 @@ def mixture(by_arm: Mapping[str, Sequence[Run]]) -> str | None:
             return f"{arm}: expected runs that differ in their seeds alone, got several {', '.join(fields)}"
         if len({run.seed for run in runs}) != len(runs):
             return f"{arm}: expected one run a seed, got seeds {', '.join(str(run.seed) for run in runs)}"
+        if len(precisions := {run.environment.get("precision", "unknown") for run in runs}) > 1:
+            return f"{arm}: expected one precision, got {' and '.join(sorted(precisions))}"
     everybody = [run for runs in by_arm.values() for run in runs]
     seen = {run: measured_by(run) for run in everybody}
     for what in dict.fromkeys(key for found in seen.values() for key in found):
@@ -89,9 +91,8 @@ def mixture(by_arm: Mapping[str, Sequence[Run]]) -> str | None:
 
 
 def measured_by(run: Run) -> dict[str, str]:
-    """In what precision it was trained, and how what is compared was measured, in words; only what is on record."""
-    found = {f"environment.{key}": run.environment[key] for key in ("precision",) if key in run.environment}
-    found |= {f"evaluation.{key}": value for key, value in run.evaluation.items()}
+    """How what is compared was measured, in words; only what is on record."""
+    found = {f"evaluation.{key}": value for key, value in run.evaluation.items()}
     for epoch in run.epochs[-1:]:
         found |= {"last epoch": str(epoch.number), "images": f"{epoch.train.n} of train, {epoch.test.n} of test"}
     for one in run.outcomes:

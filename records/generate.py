@@ -12,9 +12,11 @@ in a record's README stands what this script wrote; the project's README has a s
 not what the script would write now.
 """
 
+import json
 import re
 from pathlib import Path
 
+from benchmarks import speedrun
 from benchmarks.tables import compared
 from saltflat.lab.report import markdown
 from saltflat.lab.study import markdown as study
@@ -45,7 +47,12 @@ def _shown(record: Path, whole: bool) -> str:
         return markdown.summary(runs_of(record)) if whole else markdown.brief(runs_of(record), pictures)
     if (record / "table.json").is_file():
         return study.summary(record) if whole else study.brief(record, pictures)
-    return compared(record)
+    return "\n\n".join([compared(record), *(markdown_of(path) for path in sorted(record.glob("speedrun*.json")))])
+
+
+def markdown_of(path: Path) -> str:
+    """The table of a speed record."""
+    return f"**The speed record's recipe on a CPU**\n\n{speedrun.markdown(json.loads(path.read_text()))}"
 
 
 def _figures(record: Path) -> dict[str, str]:

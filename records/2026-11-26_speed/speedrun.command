@@ -1,0 +1,1 @@
+saltflat train speedrun-digits --threads 1 
