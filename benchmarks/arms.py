@@ -70,8 +70,8 @@ def arms(folder: Path) -> dict[str, list[Run]]:
 
 
 def mixture(by_arm: Mapping[str, Sequence[Run]]) -> str | None:
-    """Why runs cannot be compared, in a line; None if they can. Those of an arm have to differ in their seeds alone, and
-    to be computed in one precision; all have to be measured in the same way, on as many images.
+    """Why runs cannot be compared, in a line; None if they can. Those of an arm have to differ in their seeds alone,
+    and to be computed in one precision; all have to be measured in the same way, on as many images.
     """
     for arm, runs in by_arm.items():
         fields = [field for field in differing([run.config for run in runs]) if field != "seed"]
