@@ -228,7 +228,7 @@ def undoing(model: nn.Module) -> Callable[[Tensor], None]:
         # a cache that grew stays as it is
         now = {name: new for name, new in model.named_buffers() if name in kept and new.shape == kept[name].shape}
         for buffers, before in alike(own(now.values()), own(kept[name].to(new) for name, new in now.items())):
-            numbers = bits(buffers)
+            numbers = bits(buffers)  # now + condition * (before - now), which is exact in integers, wrapped or not
             back = [*torch._foreach_sub(bits(before), numbers)]
             torch._foreach_mul_(back, condition.to(back[0]))
             torch._foreach_copy_(numbers, torch._foreach_add(numbers, back))
