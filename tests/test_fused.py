@@ -67,10 +67,6 @@ def operations(logits, x):
     return names
 
 
-def convolution(*sizes, **settings):
-    return nn.Conv2d(*sizes, **settings)
-
-
 WHOLE = {
     "preact": lambda: preact_resnet18(10, mean=(0.5,), std=(0.25,)),
     "small": lambda: small_resnet(10),
@@ -106,7 +102,7 @@ def test_whole_networks(name):
 )
 def test_convolutions_of_every_kind(settings, bias):
     torch.manual_seed(1)
-    module = convolution(**{"in_channels": 4, "out_channels": 6, "kernel_size": 3, "bias": bias} | settings)
+    module = nn.Conv2d(**{"in_channels": 4, "out_channels": 6, "kernel_size": 3, "bias": bias} | settings)
     for network in (
         nn.Sequential(module),
         nn.Sequential(module, nn.ReLU()),
