@@ -160,6 +160,53 @@ def test_a_norm_and_what_follows_are_done_within_the_convolution():
     assert names.count("_convolution_pointwise") == 2  # the input gradient is one as well
 
 
+AFTER_A_RELU = {
+    "a convolution": lambda a, of: of["conv"](a),
+    "two": lambda a, of: of["conv"](a) + of["other"](a),
+    "with groups": lambda a, of: of["grouped"](a),
+    "one of two with groups": lambda a, of: of["conv"](a) + of["grouped"](a),
+    "with a stride": lambda a, of: of["strided"](a),
+    "one that has a ReLU": lambda a, of: of["other"](F.relu(of["conv"](a))),
+    "as a branch, too": lambda a, of: of["conv"](a) + a,
+    "a sum": lambda a, of: of["conv"](a) + a.sum((1, 2, 3), keepdim=True),
+    "nothing": lambda a, of: a,
+}
+
+
+@pytest.mark.parametrize("after", AFTER_A_RELU)
+@pytest.mark.parametrize("before", ["norm", "convolution", "convolution and norm"])
+def test_what_looks_at_a_relu(before, after):
+    class Network(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first = nn.Sequential(nn.Conv2d(3, 6, 1), nn.BatchNorm2d(6), nn.Conv2d(6, 6, 3, padding=1))
+            self.norm = nn.BatchNorm2d(6)
+            self.of = nn.ModuleDict(
+                {
+                    "conv": nn.Conv2d(6, 6, 3, padding=1),
+                    "other": nn.Conv2d(6, 6, 1),
+                    "grouped": nn.Conv2d(6, 6, 3, padding=1, groups=3),
+                    "strided": nn.Conv2d(6, 6, 3, padding=1, stride=2),
+                }
+            )
+
+        def forward(self, x):
+            u = self.first[1](x.repeat(1, 2, 1, 1)) if before == "norm" else self.first(x)
+            return AFTER_A_RELU[after](F.relu(u if before == "convolution" else self.norm(u)), self.of)
+
+    torch.manual_seed(3)
+    same(used(Network(), 3, 6, 6), torch.rand(4, 3, 6, 6))
+
+
+def test_gradients_go_past_a_relu_in_place_and_past_its_norm_for_nothing():
+    network = used(
+        nn.Sequential(nn.BatchNorm2d(2), nn.ReLU(), nn.Conv2d(2, 3, 3), nn.ReLU(), nn.Conv2d(3, 1, 3)), 2, 6, 6
+    )
+    names = operations(leaner()(network), torch.rand(3, 2, 6, 6))
+    assert names.count("mul") == 2  # of the function that is asked for its gradient, there and back
+    assert names.count("threshold_backward") == 2
+
+
 def test_a_preact_network_has_as_many_convolutions_as_before_and_no_norm():
     network, x = used(small_resnet(10), 3, 32, 32), torch.rand(2, 3, 32, 32)
     count = sum(isinstance(module, nn.Conv2d) for module in network.modules())

@@ -3,6 +3,7 @@
     convolution, norm, + branch, ReLU     one operation (`convolution`), where nothing else looks at what is between
     norm                                  input * scale + shift (`norms`)
     norm, ReLU                            the ReLU over it, in place
+    ReLU, all of it into convolutions     their gradient is of what is within it
 
 All else is done as the network does it. Weights are read when the operations are made, and convolutions and norms have
 no gradient of them.
@@ -37,6 +38,7 @@ class Fused:
     def __init__(self, layers: Layers, dtype: torch.dtype | None) -> None:
         self.dtype = dtype
         chains = _chains(layers)
+        within = _within(layers, chains)
         needed = [
             {before for node in chain.nodes for before in node.all_input_nodes} - {*chain.nodes} for chain in chains
         ]
@@ -44,7 +46,7 @@ class Fused:
         self.steps = [
             (
                 chain.nodes[-1],
-                _operation(layers, chain, dtype or torch.float32),
+                _operation(layers, chain, within, dtype or torch.float32),
                 [before for before in needed[number] if last[before] == number],
             )
             for number, chain in enumerate(chains)
@@ -111,20 +113,57 @@ def _chain(layers: Layers, node: fx.Node, taken: set[fx.Node]) -> Chain:
     return Chain([*nodes, after] if after is not None and relu else nodes, norm, branch, relu)
 
 
-def _operation(layers: Layers, chain: Chain, dtype: torch.dtype) -> Call:
+def _within(layers: Layers, chains: list[Chain]) -> dict[fx.Node, Tensor | None]:
+    """The ReLUs that nothing but convolutions look at, with s of those that are relu(s u + t) over a norm."""
+    found: dict[fx.Node, Tensor | None] = {}
+    for chain in chains:
+        last = chain.nodes[-1]
+        if chain.relu and all(_is_convolution(layers, of) and layers.convolutions[of].groups == 1 for of in last.users):
+            norm = layers.modules[chain.nodes[0]] if _is_norm(layers, chain.nodes[0]) else None
+            found[last] = None if norm is None else scale_and_shift(norm)[0]  # type: ignore[arg-type]
+    return found
+
+
+def _operation(layers: Layers, chain: Chain, within: dict[fx.Node, Tensor | None], dtype: torch.dtype) -> Call:
     first, before = chain.nodes[0], chain.nodes[0].all_input_nodes[:1]
+    given_within = chain.nodes[-1] in within
     if _is_norm(layers, first):
         affine = Affine(layers.modules[first])  # type: ignore[arg-type]
         if not chain.relu:
             return lambda given: affine(given[before[0]])
+        if given_within:
+            return lambda given: _GivenWithin.apply(given[before[0]], affine)
         return lambda given: F.relu(affine(given[before[0]]), inplace=True)
     if not _is_convolution(layers, first):
         return layers.calls[first]
     norm = None if chain.norm is None else scale_and_shift(layers.modules[chain.norm])  # type: ignore[arg-type]
-    fixed, branch = Fixed(layers.convolutions[first], norm, chain.relu, dtype), chain.branch
+    fixed, branch = (
+        Fixed(
+            layers.convolutions[first],
+            norm,
+            chain.relu,
+            dtype,
+            within=before[0] in within,
+            scale=within.get(before[0]),
+            given_within=given_within,
+        ),
+        chain.branch,
+    )
     if branch is None:
         return lambda given: fixed(given[before[0]].to(dtype))
     return lambda given: fixed(given[before[0]].to(dtype), given[branch])
+
+
+class _GivenWithin(torch.autograd.Function):
+    """relu(s x + t), where what comes back is the gradient of x already."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, affine: Affine) -> Tensor:
+        return F.relu(affine(x), inplace=True)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        return g, None
 
 
 def _of_one(node: fx.Node) -> bool:

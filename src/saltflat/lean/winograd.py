@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from saltflat.lean.packed import Packed
+from saltflat.lean.packed import Product
 
 M, N = 4, 6  # pixels on a side, of what comes of a tile and of the tile
 CHANNELS = 512
@@ -65,9 +65,10 @@ class Winograd:
     def __init__(self, weight: Tensor, shape: torch.Size) -> None:
         g, self.channels = torch.tensor(G), len(weight)
         filters = weight.permute(2, 3, 0, 1).reshape(9, -1)
-        products = (torch.kron(g, g) @ filters).view(N * N, *weight.shape[:2], 1, 1)
-        tiles = torch.Size((1, shape[1], shape[0] * (shape[2] // M) * (shape[3] // M), 1))
-        self.products = [Packed(product, [0, 0], [1, 1], [1, 1], 1, tiles) for product in products]
+        tiles = shape[0] * (shape[2] // M) * (shape[3] // M)
+        self.products = [
+            Product(product, tiles) for product in (torch.kron(g, g) @ filters).view(N * N, *weight.shape[:2])
+        ]
         self.before, self.after = (torch.kron(side, side) for side in (torch.tensor(B_T), torch.tensor(A_T)))
 
     def __call__(self, x: Tensor, b: Tensor | None = None, r: Tensor | None = None, relu: bool = False) -> Tensor:
@@ -86,8 +87,8 @@ class Winograd:
         image, row, pixel, _ = ringed.stride()
         grid = (n, height // M, width // M)
         tiles = ringed.as_strided((N, N, *grid, channels), (row, pixel, image, M * row, M * pixel, 1))
-        numbers = (self.before @ tiles.reshape(N * N, -1)).view(N * N, 1, -1, 1, channels).permute(0, 1, 4, 2, 3)
-        found = torch.stack([times(of)[0, :, :, 0].T for times, of in zip(self.products, numbers, strict=True)])
+        numbers = (self.before @ tiles.reshape(N * N, -1)).view(N * N, -1, channels).unbind()
+        found = torch.stack([times(of) for times, of in zip(self.products, numbers, strict=True)])
         y = (self.after @ found.view(N * N, -1)).view(M, M, *grid, -1)
         return y.permute(2, 3, 0, 4, 1, 5).reshape(n, height, width, -1).permute(0, 3, 1, 2)
 
