@@ -132,7 +132,7 @@ def _operation(layers: Layers, chain: Chain, within: dict[fx.Node, Tensor | None
         if not chain.relu:
             return lambda given: affine(given[before[0]])
         if given_within:
-            return lambda given: _GivenWithin.apply(given[before[0]], affine)
+            return lambda given: _GivenWithin.apply(given[before[0]], affine)  # type: ignore[no-untyped-call]
         return lambda given: F.relu(affine(given[before[0]]), inplace=True)
     if not _is_convolution(layers, first):
         return layers.calls[first]
