@@ -1,4 +1,4 @@
-"""How much faster: contenders that take turns, each in a process of its own.
+"""How much faster: contenders that take turns, each in a process of its own, or in several.
 
 A contender is a plain function, setting -> step. Its process sets up once, with its own allocator, threads and
 environment, as people would run it alone; then it takes a turn whenever it is told to: A B C A B C ..., after rounds of
@@ -7,6 +7,9 @@ warm-up. Only one works at a time, the others wait. So whatever the machine does
     ratio of A to B = median over rounds of  seconds of A / seconds of B  in the same round
 
 is what a report should look at; seconds alone are what this machine took today.
+
+The processes of one contender work at the same time, and its turn lasts until the last of them is done. Each finds who
+it is in its environment, as torchrun would have set it.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import resource
+import socket
 import statistics
 import sys
 import time
@@ -21,7 +25,7 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -38,6 +42,7 @@ class Contender:
         setting: handed to it.
         steps: how many steps one call of what it makes takes.
         environment: variables that its process starts with, besides this one's.
+        processes: that work at the same time.
     """
 
     name: str
@@ -45,6 +50,7 @@ class Contender:
     setting: Any
     steps: int = 1
     environment: Mapping[str, str] = field(default_factory=dict)
+    processes: int = 1
 
 
 class Turn(NamedTuple):
@@ -76,18 +82,19 @@ def compare(
     Args:
         rounds: turns of everybody that count, after `warm_up` that do not.
         calls: of `step` in a turn.
-        in_process: all in this process, for debugging; memory and page faults are then nobody's own.
+        in_process: all in this process, for debugging; memory and page faults are then nobody's own. Of several
+            processes, only one is there.
         say: told of every turn.
 
     Returns: {name: {"seconds": of a step, by round, "page_faults": the same, "set_up_seconds": once,
-        "peak_bytes": of memory, "peak_gpu_bytes": if it used a GPU}}.
+        "peak_bytes": of memory, of all its processes, "peak_gpu_bytes": if it used a GPU}}.
     """
     names = [contender.name for contender in contenders]
     if len(set(names)) < len(names):
         raise ValueError(f"contenders: expected different names, got {names!r}")
     if rounds < 1:
         raise ValueError(f"rounds: expected an integer >= 1, got {rounds!r}")
-    working = _in_this_process if in_process else _in_its_own_process
+    working = _in_this_process if in_process else _in_its_own_processes
     with ExitStack() as stack:
         workers: dict[str, Worker] = {}
         for contender in contenders:
@@ -197,36 +204,71 @@ def _in_this_process(contender: Contender) -> Iterator[Worker]:
 
 
 @contextmanager
-def _in_its_own_process(contender: Contender) -> Iterator[Worker]:
+def _in_its_own_processes(contender: Contender) -> Iterator[Worker]:
     start = multiprocessing.get_context("spawn")  # not a copy of this process with what it has in memory
-    pipe, theirs = start.Pipe()
-    process = start.Process(target=_work, args=(theirs, contender), daemon=True)
-    with _variables(contender.environment):
-        process.start()
-    theirs.close()
+    pipes: list[Connection] = []
+    processes: list[Any] = []
+    for who in ranks_of(contender.processes):
+        pipe, theirs = start.Pipe()
+        process = start.Process(target=_work, args=(theirs, contender), daemon=True)
+        with _variables({**contender.environment, **who}):
+            process.start()
+        theirs.close()
+        pipes.append(pipe)
+        processes.append(process)
 
-    def ask(word: str, *details: Any) -> Any:
-        pipe.send((word, *details))
-        return answer()
+    def ask(word: str, *details: Any) -> list[Any]:
+        for pipe in pipes:
+            pipe.send((word, *details))
+        return answers()
 
-    def answer() -> Any:
+    def answers() -> list[Any]:
+        found: dict[Connection, Any] = {}
+        while len(found) < len(pipes):  # whoever failed says so first, while the others may wait for it in vain
+            for pipe in wait([pipe for pipe in pipes if pipe not in found]):
+                assert isinstance(pipe, Connection)
+                found[pipe] = answer(pipe)
+        return [found[pipe] for pipe in pipes]
+
+    def answer(pipe: Connection) -> Any:
         try:
             failed, found = pipe.recv()
         except EOFError:
+            process = processes[pipes.index(pipe)]
             process.join()
             raise RuntimeError(f"{contender.name}: its process ended ({process.exitcode})") from None
         if failed:
             raise RuntimeError(f"{contender.name}: {found}")
         return found
 
+    def turn(calls: int) -> Turn:
+        found: list[Turn] = ask("turn", calls)
+        return Turn(max(of.seconds for of in found), statistics.mean(of.page_faults for of in found))
+
+    def peaks() -> dict[str, float]:
+        found = ask("peak")
+        return {name: sum(of[name] for of in found) for name in found[0]}
+
     try:
-        yield Worker(answer(), lambda calls: ask("turn", calls), lambda: ask("peak"))
+        yield Worker(max(answers()), turn, peaks)
     finally:
-        pipe.close()
-        process.join(timeout=10)
-        if process.is_alive():
-            process.terminate()
-            process.join()
+        for pipe in pipes:
+            pipe.close()
+        for process in processes:
+            process.join(timeout=10)
+            if process.is_alive():
+                process.terminate()
+                process.join()
+
+
+def ranks_of(processes: int) -> list[dict[str, str]]:
+    """What torchrun would set for each."""
+    if processes == 1:
+        return [{}]
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    meet = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(processes)}
+    return [{**meet, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)]
 
 
 def _work(pipe: Connection, contender: Contender) -> None:

@@ -11,8 +11,8 @@ from typing import Any
 
 def compared(record: Path) -> str:
     """A table or two of every kind of file that is there: parity-*.json, speed-*.json, training-step*.json,
-    profile*.json, memory*.json, growth*.json, data-pipeline*.json, first-step*.json, arms*.json, alignment*.json; each
-    with what was run on what.
+    profile*.json, memory*.json, growth*.json, data-pipeline*.json, first-step*.json, scaling*.json, arms*.json,
+    alignment*.json; each with what was run on what.
     """
 
     def found(pattern: str) -> list[dict[str, Any]]:
@@ -152,6 +152,50 @@ def _first_step(found: dict[str, Any]) -> list[str]:
     return [f"**Until something happens**: {words}", _markdown(("", "seconds"), rows)]
 
 
+def _scaling(found: dict[str, Any]) -> list[str]:
+    rows, summary = [], found["summary"]
+    for name, of in summary.items():
+        if "rows" in of:
+            cells = [str(of["rows"]), _around(of["seconds"], ".3f"), _around(of["rows_a_second"])]
+            parts = of.get("parts", {})
+            expected = [f"{parts[part]:.3f}" if parts else "" for part in ("compute", "sharing", "communication")]
+            rows.append([name, *cells, *expected, _around(of.get("over_predicted"))])
+    head = ("", "rows each", "seconds a step", "rows a second")
+    head += ("compute, s", "sharing, s", "sent, s", "measured over predicted")
+    words = (
+        f"{_setting(found).replace('batch', 'n =')}, AT-AWP; {found['rounds']} rounds in which every contender takes "
+        f"its turn, each of its processes on {_machine(found)}, unless it says otherwise. Medians, and the smallest to "
+        "the largest; rows a second are in those of 1 process, round by round. Predicted are the seconds of one "
+        "process, what sharing the machine costs two that know nothing of each other, and what the collectives of a "
+        "step take alone."
+    )
+    alone = []
+    for name in ("all-reduce", "gather", "scatter", "all-reduce of a number", "checkpoint"):
+        if name in summary:
+            seconds, size = summary[name]["seconds"], found["bytes"].get(name)
+            told = ("", "") if size is None else (f"{size / 1e6:.1f}", f"{size / seconds['median'] / 1e6:.0f}")
+            in_ms = {each: 1e3 * seconds[each] for each in ("median", "min", "max")}
+            alone.append([name, told[0], _around(in_ms, ".1f"), told[1]])
+    sent = [
+        [name, kind, str(each["number"]), f"{each['bytes'] / 1e6:.1f}"]
+        for name, of in found["sent"].items()
+        for kind, each in of.items()
+    ]
+    return [
+        f"**One training on two processes**: {words}",
+        _markdown(head, rows),
+        "**Alone**: collectives of the model's gradient between two processes; a checkpoint, on the disk.",
+        _markdown(("", "MB", "ms", "MB a second"), alone),
+        "**What a step sends**, counted.",
+        _markdown(("", "collective", "number", "MB"), sent),
+    ]
+
+
+def planned(parts: Sequence[tuple[str, Sequence[str], Sequence[Sequence[str]]]]) -> str:
+    """Words and a table of each."""
+    return "\n\n".join(text for words, head, rows in parts for text in (words, _markdown(head, rows)))
+
+
 def arms_beside(arms: Mapping[str, Mapping[str, Any]], reference: str) -> str:
     """A row an arm, the reference first: every quantity, and below it how far that is from the reference's."""
     names = list(arms[reference]["values"])
@@ -216,6 +260,7 @@ SHOWN = {
     "growth*.json": _growth,
     "data-pipeline*.json": _data_pipeline,
     "first-step*.json": _first_step,
+    "scaling*.json": _scaling,
 }
 
 

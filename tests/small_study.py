@@ -1,4 +1,4 @@
-"""A study of a few models that train in a second: `python -m small_study FOLDER WORKERS`."""
+"""A study of a few models that train in a second: `python -m small_study FOLDER WORKERS [EXECUTOR]`."""
 
 import sys
 from collections.abc import Sequence
@@ -7,7 +7,7 @@ from pathlib import Path
 
 from saltflat.lab.gaps import How as GapHow
 from saltflat.lab.measures import How
-from saltflat.lab.study import gap, grid
+from saltflat.lab.study import executors, gap, grid
 from saltflat.lab.study.models import Plan, Task, Trained
 
 HOW = How(examples=20, batch_size=10, steps=2, draws=2, climbs=1, restarts=0, directions=1, probes=6)
@@ -37,4 +37,5 @@ def asked(folder: Path) -> gap.Asked:
 
 
 if __name__ == "__main__":
-    gap.study(asked(Path(sys.argv[1])), Path(sys.argv[1]), int(sys.argv[2]))
+    to, workers, *executor = sys.argv[1:]
+    gap.study(asked(Path(to)), Path(to), executors.named(*(executor or ["local"]), int(workers), "cpu"))

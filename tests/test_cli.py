@@ -1,6 +1,7 @@
 """The commands, as a person types them."""
 
 import ast
+import dataclasses
 import io
 import json
 import shutil
@@ -34,10 +35,12 @@ def trained(tmp_path_factory):
 
 def test_train_evaluate_landscape_report(trained, tmp_path, capsys):
     at, awp = trained
+    states = checkpoints.states(at / "checkpoints")
+    assert [path.name.split("-")[1] for path in states] == ["4", "2"]  # steps: two an epoch
     assert {path.name for path in (at / "checkpoints").iterdir()} == {
         "best.safetensors",
         "last.safetensors",
-        "resume.pt",
+        *(path.name for path in states),
     }
     assert [line["epoch"] for line in record.read_metrics(at)] == [1, 2]
     assert [line["gamma"] for line in record.read_metrics(awp)] == [0.01, 0.01]
@@ -312,7 +315,7 @@ def test_a_run_without_its_state_is_not_begun_anew(trained, tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         run("train", "--resume", tmp_path / "run")
     assert stop.value.code == 2
-    assert "has 2 epochs but no resume.pt to go on from" in capsys.readouterr().err
+    assert "has no checkpoint to go on from" in capsys.readouterr().err
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
 
 
@@ -331,7 +334,10 @@ def test_metrics_of_an_epoch_without_its_state_are_dropped(tmp_path):
     )
     first = next(event for event in training if isinstance(event, Epoch))
     state = {**first.state, "config": trainings._identity(ready)}
-    checkpoints.save_state(folder / "checkpoints" / "resume.pt", state)
+    for kept in checkpoints.states(folder / "checkpoints"):
+        kept.unlink()
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    checkpoints.save_state(folder / "checkpoints", {**state, "metrics": lines[:1]})
     run("train", "--resume", folder)
     assert [line["epoch"] for line in record.read_metrics(folder)] == [1, 2]
     assert (folder / "checkpoints" / "last.safetensors").read_bytes() == whole
@@ -340,13 +346,18 @@ def test_metrics_of_an_epoch_without_its_state_are_dropped(tmp_path):
 def test_a_run_does_not_go_on_under_another_config(trained, tmp_path, capsys):
     shutil.copytree(trained[0], tmp_path / "run")
     path = tmp_path / "run" / "config.yaml"
-    path.write_text(path.read_text().replace("epochs: 2", "epochs: 3").replace("eps: 0.15", "eps: 0.05"))
+    text = path.read_text().replace("epochs: 2", "epochs: 3").replace("eps: 0.15", "eps: 0.05")
     before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
-    with pytest.raises(SystemExit) as stop:
-        run("train", "--resume", tmp_path / "run")
-    assert stop.value.code == 2
-    assert "config.yaml was changed since the run began" in capsys.readouterr().err
-    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
+    for words, content in (
+        ("was changed or damaged since the run began", text),
+        ("was changed since the run began", text.partition("\n")[2]),  # without its digest, the checkpoint's is left
+    ):
+        path.write_text(content)
+        with pytest.raises(SystemExit) as stop:
+            run("train", "--resume", tmp_path / "run")
+        assert stop.value.code == 2
+        assert f"config.yaml {words}" in capsys.readouterr().err
+        assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
 
 
 def test_another_radius_takes_steps_in_proportion(trained):
@@ -390,7 +401,10 @@ def test_help_does_not_wait_for_torch(words):
 def test_every_field_says_what_it_is(capsys):
     """A docstring under each field of the config, which the help shows."""
     classes = [node for node in ast.parse(Path(config.__file__).read_text()).body if isinstance(node, ast.ClassDef)]
-    for node in classes[1:-1]:  # the first is an error, the last holds the others
+    sections = {node.name: node for node in classes if node.decorator_list and node.name != "Train"}
+    values = vars(config.Train()).values()
+    assert sections.keys() == {type(value).__name__ for value in values if dataclasses.is_dataclass(value)}
+    for node in sections.values():
         fields = [i for i, line in enumerate(node.body) if isinstance(line, ast.AnnAssign)][1:]
         assert fields
         for i in fields:

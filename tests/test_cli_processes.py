@@ -99,7 +99,7 @@ def test_a_diverged_run_ends_with_one_line(tmp_path):
         "at",
         *QUICK,
         "--optimizer.learning-rate",
-        "1e30",
+        "1e16",
         "--out",
         str(tmp_path / "run"),
     ]
@@ -107,6 +107,7 @@ def test_a_diverged_run_ends_with_one_line(tmp_path):
     assert found.returncode == 1
     assert found.stderr.startswith("saltflat: epoch 2: the gradient of 2 of 2 batches was not finite")
     assert found.stderr.count("\n") == 1
+    assert (tmp_path / "run" / "dropped-batch.npz").is_file()
 
 
 @pytest.mark.slow

@@ -85,14 +85,15 @@ def test_going_on_ends_with_equal_bits(changes, tmp_path):
     config = replace(TINY, **changes)
     whole, model = trained(config)
     (first,), half = trained(config, until=1)
-    checkpoints.save_state(tmp_path / "resume.pt", {**first.state, "config": ""})
-    kept = checkpoints.load_state(tmp_path / "resume.pt", half, averaged=False)
-    rest, other = trained(config, state={name: value for name, value in kept.items() if name != "config"})
+    checkpoints.save_state(tmp_path, {**first.state, "config": "", "metrics": []})
+    path, kept = checkpoints.newest_whole(tmp_path, pytest.fail)
+    checkpoints.check_state(path, kept, half, averaged=False)
+    rest, other = trained(config, state=kept)
     assert equal_states(state(other), state(model))
     for one, again in zip(whole[1:], rest, strict=True):
         for name in set(one.metrics) - {"seconds", "evaluation_seconds"}:
             assert one.metrics[name] == again.metrics[name], name
-        assert one.state["memory"] == again.state["memory"]
+        assert one.state["ranks"][0]["memory"] == again.state["ranks"][0]["memory"]
 
 
 def test_a_sharing_copy_follows_the_weights_and_buffers_and_stays_in_eval_mode():
@@ -132,6 +133,12 @@ def test_the_precision_is_said_first_and_on_record(tmp_path, capsys):
     capsys.readouterr()
     changed = (tmp_path / "run" / "config.yaml").read_text().replace("epochs: 2", "epochs: 3")
     (tmp_path / "run" / "config.yaml").write_text(changed.replace("precision: bf16", "precision: fp32"))
+    with pytest.raises(SystemExit):
+        run("train", "--resume", tmp_path / "run")
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.endswith("config.yaml was changed or damaged since the run began: put it back, or begin a new run")
+    unsigned = (tmp_path / "run" / "config.yaml").read_text().partition("\n")[2]
+    (tmp_path / "run" / "config.yaml").write_text(unsigned.replace("epochs: 3", "epochs: 4"))
     with pytest.raises(SystemExit):
         run("train", "--resume", tmp_path / "run")
     (line,) = capsys.readouterr().err.splitlines()

@@ -301,7 +301,7 @@ def interrupted(*_):
     raise KeyboardInterrupt
 
 
-STEPS = ["save_weights", "write_json", "_check_comes_back", "write_text", "shutil.copyfile", "Path.rename"]
+STEPS = ["save_weights", "_check_comes_back", "write_text", "shutil.copyfile", "Path.rename"]
 
 
 @pytest.mark.parametrize("step", STEPS)

@@ -11,7 +11,7 @@ from torch import nn
 
 from saltflat.inputs import PGD
 from saltflat.lab import flatness as job
-from saltflat.lab import measures
+from saltflat.lab import measures, record
 from saltflat.lab.config import BadInput
 from saltflat.lab.flatness import flatness
 from saltflat.lab.measures import MEASURES, Found, How, Shown, Spectrum
@@ -72,7 +72,7 @@ def test_all_is_written_down_and_read_again(tmp_path):
     of = subject(tmp_path)
     found = flatness(of, ("average", "norms"), HOW)
     (path,) = (tmp_path / "flatness").iterdir()
-    assert json.loads(path.read_text()) == found
+    assert record.read_again(path) == found
     assert [row["name"] for row in found["measures"]][:2] == ["average case", "average case, clean loss"]
     assert found["settings"]["attack"].startswith("PGD-2, Linf, eps 0.1")
     assert found["settings"]["batch_norm"] == "eval mode"

@@ -8,6 +8,7 @@ from networks import convolutional, equal_states, state
 
 from saltflat.data import Images
 from saltflat.evaluation import outcomes
+from saltflat.lab import record
 from saltflat.lab.config import BadInput
 from saltflat.lab.gaps import How, robust_gap
 from saltflat.lab.subjects import Subject
@@ -66,7 +67,7 @@ def test_what_was_measured_is_read_and_other_settings_have_a_file_of_their_own(t
     of = subject(tmp_path)
     found = robust_gap(of, HOW)
     (path,) = (tmp_path / "gaps").iterdir()
-    assert json.loads(path.read_text()) == found
+    assert record.read_again(path) == found
     path.write_text(json.dumps(found | {"seen": True}))
     assert robust_gap(of, HOW)["seen"]
     robust_gap(of, How(train_examples=9, test_examples=0, steps=3, batch_size=8, seed=2))

@@ -1,5 +1,7 @@
 """Configs, recipes, run folders, checkpoints: plain data, checked before work, never half written."""
 
+import hashlib
+import inspect
 import json
 from contextlib import ExitStack
 from dataclasses import fields, replace
@@ -16,7 +18,8 @@ from torch import nn
 from saltflat import AT, L2, MART, TRADES, Box, Ellipsoid, Global, Layerwise, Linf, Natural, perturbed
 from saltflat.data import Images, crop_flip, to_float
 from saltflat.inputs import uniform, zero
-from saltflat.lab import adversaries, build, checkpoints, record
+from saltflat import parallel
+from saltflat.lab import adversaries, build, checkpoints, record, trainings
 from saltflat.lab.climbing import Compiled
 from saltflat.lab.config import Awp, Compute, Data, Model, Train, as_text, checked, from_text, number, shown
 from saltflat.lab.precision import Cast
@@ -154,6 +157,21 @@ BAD = {
     "model.activation": ({"model": {"activation": "silu"}}, "small-cnn has relu only, got 'silu'"),
     "optimizer.nesterov": ({"optimizer": {"nesterov": True, "momentum": 0}}, "needs optimizer.momentum > 0"),
     "optimizer.swa_from": ({"optimizer": {"swa_from": 0.5, "average": 0.9}}, "expected 0 beside optimizer.average"),
+    "optimizer.accumulate": (
+        {"optimizer": {"accumulate": 2}, "attack": {"replays": 2}},
+        r"expected 1 with attack\.replays, got 2",
+    ),
+    "optimizer.average": (
+        {"optimizer": {"average": 0.9}, "compute": {"spread": "fsdp"}},
+        r"expected 0 with compute\.spread fsdp, got 0\.9",
+    ),
+    "awp.per_rank": ({"awp": {"per_rank": True}}, "expected false without a weight adversary that climbs by itself"),
+    "compute.spread": ({"compute": {"spread": "zero-3"}}, "'ddp' or 'fsdp', got 'zero-3'"),
+    "compute.sync_batch_norm": (
+        {"compute": {"spread": "fsdp", "sync_batch_norm": True}},
+        r"expected false with compute\.spread fsdp",
+    ),
+    "checkpoint_minutes": ({"checkpoint_minutes": -1}, "greater than or equal to 0, got -1"),
 }
 
 
@@ -185,6 +203,16 @@ def test_bad_fields_are_named_in_one_line(field):
             {"compute": {"compile": True}, "objective": {"name": "natural"}},
             "objective.name natural",
         ),
+        ("optimizer.accumulate", {}, {"optimizer": {"accumulate": 2}}, "expected 1 with awp.amortised, got 2"),
+        (
+            "optimizer.accumulate",
+            {"method": "fast", "amortised": False},
+            {"optimizer": {"accumulate": 2}},
+            "expected 1 with awp.method fast, got 2",
+        ),
+        ("awp.per_rank", {"per_rank": True}, {}, "expected false without a weight adversary that climbs by itself"),
+        ("awp.per_rank", {"per_rank": True, "amortised": False, "step_inside": True}, {}, "with awp.step_inside"),
+        ("awp.per_rank", {"per_rank": True, "amortised": False}, {"compute": {"spread": "fsdp"}}, "with compute.spr"),
         ("compute.precision", {"method": "arwp", "amortised": False}, {"compute": {"precision": "fp16"}}, "arwp"),
         ("compute.precision", {"method": "robust-wp", "amortised": False}, {"compute": {"precision": "fp16"}}, "rob"),
     ],
@@ -263,12 +291,11 @@ def test_a_run_folder_is_made_once(tmp_path):
 
 
 def test_metrics_survive_a_cut_and_are_dropped_after_a_state(tmp_path):
-    for epoch in (1, 2, 3):
-        record.append_metrics(tmp_path, {"epoch": epoch, "loss": epoch / 3})
+    lines = [record.append_metrics(tmp_path, {"epoch": epoch, "loss": epoch / 3}) for epoch in (1, 2, 3)]
     with open(tmp_path / "metrics.jsonl", "a") as file:
         file.write('{"epoch": 4, "lo')
     assert [line["epoch"] for line in record.read_metrics(tmp_path)] == [1, 2, 3]
-    record.keep_metrics_until(tmp_path, 2)
+    record.write_metrics(tmp_path, lines[:2])
     assert record.read_metrics(tmp_path) == [{"epoch": 1, "loss": 1 / 3}, {"epoch": 2, "loss": 2 / 3}]
 
 
@@ -307,10 +334,10 @@ def whole_state(model, **other):
         "model": model.state_dict(),
         "optimizer": {},
         "average": None,
-        "random": torch.get_rng_state(),
-        "random_cuda": None,
+        "ranks": [{"random": torch.get_rng_state(), "random_cuda": None, "memory": {}, "sums": None}],
+        "within": None,
     }
-    return {**state, "memory": {}, "step": 1, "epoch": 1, "best": 0.5, "before": 0.5, "config": "", **other}
+    return {**state, "step": 1, "epoch": 1, "best": 0.5, "before": 0.5, "config": "", "metrics": [], **other}
 
 
 def test_states_come_back_and_those_that_do_not_fit_are_refused(tmp_path):
@@ -318,20 +345,23 @@ def test_states_come_back_and_those_that_do_not_fit_are_refused(tmp_path):
         def __reduce__(self):
             return (open, (str(tmp_path / "ran"), "w"))
 
-    model, path = nn.Linear(3, 2), tmp_path / "resume.pt"
-    checkpoints.save_state(path, whole_state(model))
-    assert checkpoints.load_state(path, model, averaged=False)["best"] == 0.5
+    model = nn.Linear(3, 2)
+    path = checkpoints.save_state(tmp_path, whole_state(model))
+    found, state = checkpoints.newest_whole(tmp_path, pytest.fail)
+    assert (found, state["best"]) == (path, 0.5)
+    checkpoints.check_state(path, state, model, averaged=False)
     with pytest.raises(ValueError, match=r"does not fit optimizer\.average"):
-        checkpoints.load_state(path, model, averaged=True)
+        checkpoints.check_state(path, state, model, averaged=True)
     with pytest.raises(ValueError, match="of another architecture: 'weight' has shape"):
-        checkpoints.load_state(path, nn.Linear(4, 2), averaged=False)
-    path.write_bytes(path.read_bytes()[:100])
-    bad = [{"state": Evil()}, {"epoch": 3}, torch.ones(2), whole_state(model, more=1)]
-    for content in (None, *bad):
-        if content is not None:
-            torch.save(content, path)
-        with pytest.raises(ValueError, match=r"run: cannot go on from") as error:
-            checkpoints.load_state(path, model, averaged=False)
+        checkpoints.check_state(path, state, nn.Linear(4, 2), averaged=False)
+    contents, cut = [], path.read_bytes()[:100]
+    for bad in ({"state": Evil()}, {"epoch": 3}, torch.ones(2), whole_state(model, more=1)):
+        torch.save(bad, tmp_path / "bad")
+        contents.append((tmp_path / "bad").read_bytes())
+    for step, content in enumerate([cut, *contents], start=2):  # each under a name that fits
+        (tmp_path / f"resume-{step}-{hashlib.sha256(content).hexdigest()[:16]}.pt").write_bytes(content)
+        with pytest.raises(ValueError, match=rf"run: cannot go on from .*resume-{step}-") as error:
+            checkpoints.newest_whole(tmp_path, pytest.fail)
         assert "\n" not in str(error.value)
     assert not (tmp_path / "ran").exists()
 
@@ -343,6 +373,7 @@ def test_digests_tell_settings_apart():
 WIRING = {
     "optimizer.epochs": (7, lambda of: of.plan.epochs == 7),
     "optimizer.batch_size": (7, lambda of: of.plan.batch_size == 7),
+    "optimizer.accumulate": (4, lambda of: of.named == "accumulated_step" and of.step["micro_batches"] == 4),
     "optimizer.average": (0.5, lambda of: of.plan.average == 0.5),
     "optimizer.momentum": (0.5, lambda of: of.group["momentum"] == 0.5),
     "optimizer.weight_decay": (0.5, lambda of: of.group["weight_decay"] == 0.5),
@@ -363,7 +394,7 @@ WIRING = {
     "awp.amortised": (True, lambda of: of.named == "amortised_step" and "climb" not in of.step),
     "awp.every": (3, lambda of: of.plan.perturb_every == 3),
     "compute.precision": ("bf16", lambda of: isinstance(of.step["objective"], Cast)),
-    "compute.compile": (True, lambda of: isinstance(of.step.get("attack_on"), Compiled)),
+    "compute.compile": (True, lambda of: isinstance(of.climbs_on, Compiled)),
     "compute.lean": (False, lambda of: "attack_on" not in of.step),
     "awp.truncated": (True, lambda of: not of.step["where"]("2.weight", of.model[2].weight)),
     "attack.norm": ("L2", lambda of: isinstance(of.attack.ball, L2) and isinstance(of.plan.measure.ball, L2)),
@@ -426,6 +457,9 @@ OF_METHODS = {
 EVERYWHERE = {"random-wp", "m-rwp", "arwp", "sam", "asam"}
 
 
+STEPS = ("double_perturbation_step", "two_batch_step", "free_step", "amortised_step", "accumulated_step")
+
+
 class PerExample(AT):
     """A loss of 1 for every example."""
 
@@ -444,6 +478,8 @@ class Built:
         self.mixed = self.plan.mix(self.x, IMAGES.labels, torch.Generator().manual_seed(0))
         self.step = self.taken()
         self.climb = getattr(self.step.get("climb"), "func", self.step.get("climb"))
+        asked = self.step.get("attack_on")
+        self.climbs_on = asked and inspect.getclosurevars(asked).nonlocals["attack_on"]  # of `parallel.on_raw`
 
     def taken(self):
         """The arguments that the plan's step gives to whichever function takes it, and which one that is."""
@@ -451,7 +487,7 @@ class Built:
         with ExitStack() as patches:
             called = {
                 name: patches.enter_context(mock.patch.object(adversaries, name))
-                for name in ("double_perturbation_step", "two_batch_step", "free_step", "amortised_step")
+                for name in STEPS
             }
             self.plan.step(self.model, self.x, None, optimizer=None, generator=None, objective=PerExample())
         ((self.named, found),) = [(name, step.call_args.kwargs) for name, step in called.items() if step.called]
@@ -473,6 +509,41 @@ def test_every_field_reaches_what_it_is_about(field):
     value, holds = WIRING[field]
     assert not holds(Built(PLAIN))
     assert holds(Built(with_field(PLAIN, field, value)))
+
+
+def test_parts_of_a_batch_are_climbed_on_as_the_whole_is():
+    config = replace(PLAIN, awp=Awp(gamma=0.01, steps=3, step_size=0.5, step_inside=True))
+    given = Built(with_field(config, "optimizer.accumulate", 2)).step
+    whole = Built(config).step
+    names = ("where", "steps", "step_size", "step_inside", "attack_mode")
+    assert [given[name] for name in names[1:]] == [whole[name] for name in names[1:]] == [3, 0.5, True, "eval"]
+    assert not given["where"]("bias", nn.Parameter(torch.ones(2)))
+
+
+def test_fields_of_many_processes_reach_what_they_are_about(monkeypatch):
+    """With one process, they change nothing."""
+    made = mock.Mock()
+    monkeypatch.setattr(parallel, "Replicated", made.replicated)
+    monkeypatch.setattr(parallel, "Sharded", made.sharded)
+    model = nn.Linear(2, 2)
+
+    def spread(**fields):
+        made.reset_mock()
+        found = trainings._spread(trainings.Ready(replace(PLAIN, compute=Compute(**fields)), None, None, model))
+        return found, made.mock_calls
+
+    alone, calls = spread(spread="fsdp")
+    assert isinstance(alone, parallel.Alone)
+    assert not calls
+    per_rank = with_field(PLAIN, "awp.per_rank", True)
+    assert Built(per_rank).climb == Built(PLAIN).climb
+    monkeypatch.setattr(parallel, "ranks", lambda: 2)
+    assert spread()[1] == [mock.call.replicated(model, False)]
+    assert spread(sync_batch_norm=True)[1] == [mock.call.replicated(model, True)]
+    assert spread(spread="fsdp")[1] == [mock.call.sharded(model, build.parts)]
+    assert Built(PLAIN).climb is perturbed
+    climb = inspect.getclosurevars(inspect.unwrap(Built(per_rank).climb)).nonlocals["climb"]  # of `parallel.per_rank`
+    assert climb is perturbed
 
 
 def test_the_joint_mode_reaches_the_amortised_step():
@@ -545,10 +616,11 @@ def test_input_normalisation_stands_in_the_network():
 
 
 FIELDS = {
-    "": "recipe seed device threads keep_every",
-    "compute": "precision compile lean",
+    "": "recipe seed device threads checkpoint_minutes keep_every",
+    "compute": "precision compile lean spread sync_batch_norm",
     "data": (
-        "name path examples validation_examples augment padding padding_mode rotation mix mix_alpha label_smoothing"
+        "name path stored workers examples validation_examples augment padding padding_mode rotation mix mix_alpha "
+        "label_smoothing"
     ),
     "extra": "path share",
     "model": "name width depth widen_factor mean std activation initial",
@@ -556,10 +628,10 @@ FIELDS = {
     "attack": "norm eps step_size steps start mode replays stop_on_collapse final_forward",
     "awp": (
         "method gamma warmup steps step_size alternations step_inside share truncated amortised joint_mode every c "
-        "increase eta beta shrink offset"
+        "increase eta beta per_rank shrink offset"
     ),
     "optimizer": (
-        "epochs batch_size learning_rate schedule warmup momentum nesterov weight_decay decayed average swa_from "
+        "epochs batch_size accumulate learning_rate schedule warmup momentum nesterov weight_decay decayed average swa_from "
         "clean_forward"
     ),
     "evaluation": "steps examples batch_size",

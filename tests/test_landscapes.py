@@ -12,7 +12,7 @@ from torch import nn
 
 from saltflat.data import Images
 from saltflat.evaluation import outcomes
-from saltflat.lab import landscapes
+from saltflat.lab import landscapes, record
 from saltflat.lab.config import BadInput
 from saltflat.lab.landscapes import How, check_alike, in_words, line, plane, symmetric
 from saltflat.lab.subjects import Subject
@@ -34,7 +34,7 @@ def subject(folder, model=None, objective=None):
 
 def written(folder):
     (path,) = (folder / "landscapes").glob("*.json")
-    return json.loads(path.read_text()), np.load(path.with_suffix(".npz"))
+    return record.read_again(path), np.load(path.with_suffix(".npz"))
 
 
 @pytest.mark.parametrize("batch_size", [8, 256])
@@ -49,8 +49,8 @@ def test_a_curve_passes_through_the_evaluation_s_loss(tmp_path, batch_size):
         assert curve["robust_accuracy"][2] == robust.accuracy
         assert curve["clean_loss"][2] == clean.mean_loss
     assert [curve["direction_seed"] for curve in found["curves"]] == [3, 4]
-    record, examples = written(tmp_path)
-    assert record == found
+    on_disk, examples = written(tmp_path)
+    assert on_disk == found
     assert examples["robust_loss"].shape == (10, 20)
     assert np.allclose(examples["robust_loss"].mean(1).reshape(2, 5), [c["robust_loss"] for c in found["curves"]])
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from saltflat.data import digits
 from saltflat.data.download import Source
 from saltflat.lab import build, downloads, initial, record
-from saltflat.lab.checkpoints import load_weights
+from saltflat.lab.checkpoints import load_weights, newest_whole, save_state, states
 from saltflat.lab.config import BadInput
 from saltflat.lab.recipes import RECIPES
 from saltflat.lab.study.compare import changed, configs
@@ -150,7 +150,7 @@ def test_recipes_side_by_side(tmp_path, capsys):
     ]
     run(*command, "--examples", "30", "--out", tmp_path / "c")
     assert {path.name for path in (tmp_path / "c").iterdir()} == {
-        "fast-at-seed0", "fast-at-seed1", "free-at-awp-seed0", "free-at-awp-seed1", "report.html",
+        "fast-at-seed0", "fast-at-seed1", "free-at-awp-seed0", "free-at-awp-seed1", "logs", "report.html",
     }  # fmt: skip
     for folder in (tmp_path / "c").glob("*-seed?"):
         config = record.read_config(folder)
@@ -250,8 +250,9 @@ def test_other_extra_images_are_not_gone_on_with(images, tmp_path, capsys):
     np.savez(extra, image=pixels, label=np.arange(len(pixels)) % 10)
     run("train", "rst", *QUICK, "--optimizer.epochs", "1", "--extra.path", extra, "--out", tmp_path / "run")
     config = tmp_path / "run" / "config.yaml"
-    state = torch.load(tmp_path / "run" / "checkpoints" / "resume.pt", weights_only=True)
-    torch.save({**state, "epoch": 0}, tmp_path / "run" / "checkpoints" / "resume.pt")  # as if there was more to do
+    kept = tmp_path / "run" / "checkpoints"
+    _, state = newest_whole(kept, pytest.fail)
+    save_state(kept, {**state, "epoch": 0, "step": state["step"] + 1, "metrics": []})  # as if there was more to do
     np.savez(extra, image=pixels, label=np.arange(len(pixels)) % 9)
     assert "(or what extra.path holds) was changed" in refused(capsys, "train", "--resume", tmp_path / "run")
     np.savez(tmp_path / "moved.npz", image=pixels, label=np.arange(len(pixels)) % 10)
@@ -264,12 +265,19 @@ def test_other_extra_images_are_not_gone_on_with(images, tmp_path, capsys):
 def test_a_finished_run_of_another_version_is_finished(trained, tmp_path, capsys):
     old = tmp_path / "old"
     shutil.copytree(trained, old)
-    state = torch.load(old / "checkpoints" / "resume.pt", weights_only=True)
-    del state["memory"], state["before"]
+    _, state = newest_whole(old / "checkpoints", pytest.fail)
+    for path in states(old / "checkpoints"):
+        path.unlink()
+    del state["ranks"], state["before"]
     torch.save(state, old / "checkpoints" / "resume.pt")
     run("train", "--resume", old)
     assert "is finished: 2 epochs" in capsys.readouterr().out
     torch.save({**state, "epoch": 1}, old / "checkpoints" / "resume.pt")
+    words = refused(capsys, "train", "--resume", old)
+    assert "has no checkpoint to go on from" in words
+    assert "but one of an earlier version; begin a new run" in words
+    (old / "checkpoints" / "resume.pt").unlink()
+    save_state(old / "checkpoints", {**state, "epoch": 1})  # a field less than this version has
     assert "perhaps another version wrote it" in refused(capsys, "train", "--resume", old)
 
 

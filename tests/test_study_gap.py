@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,7 @@ from saltflat.lab.study import gap, grid
 from saltflat.lab.study.gap import Asked, of_preset, tabled
 from saltflat.lab.study.models import Existing, Row, Task, in_words, rows
 from saltflat.lab.study.table import Model, read_table
+from saltflat.lab.study.workers import processes
 
 
 @pytest.fixture(scope="module")
@@ -183,13 +185,13 @@ def test_other_runs_of_the_same_names_are_another_study(runs, tmp_path, monkeypa
     shutil.copytree(runs[0].parent, tmp_path / "copies")
     others = gap.of_runs([tmp_path / "copies" / run.name for run in runs], ("last",), None, None)
     with pytest.raises(BadInput, match="holds another study"):
-        gap.study(others, tmp_path / "study", 1)
+        gap.study(others, tmp_path / "study", partial(processes, 1))
 
 
 def test_one_study_a_folder_at_a_time(tmp_path):
     lock = tmp_path / "study" / "study.lock"
     with record.alone(lock), pytest.raises(BadInput, match="another process is at work"):
-        gap.study(asked(tmp_path / "study"), tmp_path / "study", 1)
+        gap.study(asked(tmp_path / "study"), tmp_path / "study", partial(processes, 1))
     assert not lock.exists()
     lock.write_text("")  # of one that was killed
     with record.alone(lock):

@@ -3,6 +3,7 @@
 import json
 import shutil
 from dataclasses import replace
+from functools import partial
 
 import pytest
 from commands import QUICK, run
@@ -14,6 +15,7 @@ from saltflat.lab.landscapes import How as Slice
 from saltflat.lab.measures import How
 from saltflat.lab.study import process
 from saltflat.lab.study.process import Plan
+from saltflat.lab.study.workers import processes
 from saltflat.lab.trainings import drops, kept_epochs
 
 PLAN = Plan(
@@ -61,7 +63,7 @@ def test_all_kept_epochs_are_looked_at_once_with_their_roles(kept):
 
 
 def test_what_is_found_is_what_the_records_say_and_is_read_again(kept, tmp_path):
-    process.study(kept, PLAN, tmp_path, 1, None, "auto")
+    process.study(kept, PLAN, tmp_path, partial(processes, 1), None, "auto")
     found = json.loads((tmp_path / "process.json").read_text())
     gaps = {each["checkpoint"]: each for each in map(json.loads, (p.read_text() for p in (kept / "gaps").iterdir()))}
     lines = {
@@ -75,7 +77,7 @@ def test_what_is_found_is_what_the_records_say_and_is_read_again(kept, tmp_path)
     assert [line["epoch"] for line in found["trajectory"]] == list(range(1, 9))
     assert found["drops"] == [4, 6]
     stamps = {path: path.stat().st_mtime_ns for path in (kept / "gaps").iterdir()}
-    process.study(kept, PLAN, tmp_path, 1, None, "auto")
+    process.study(kept, PLAN, tmp_path, partial(processes, 1), None, "auto")
     assert json.loads((tmp_path / "process.json").read_text()) == found
     assert {path: path.stat().st_mtime_ns for path in (kept / "gaps").iterdir()} == stamps
 
@@ -86,14 +88,14 @@ def test_what_the_run_lacks_is_said_before_any_work(kept, tmp_path):
     del lines[2]["learning_rate"]
     (tmp_path / "run" / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     with pytest.raises(BadInput, match="expected learning_rate in every line"):
-        process.study(tmp_path / "run", PLAN, tmp_path / "out", 1, None, "auto")
+        process.study(tmp_path / "run", PLAN, tmp_path / "out", partial(processes, 1), None, "auto")
     assert not (tmp_path / "run" / "gaps").exists()
 
 
 def test_a_run_without_kept_epochs_is_refused_in_one_line(tmp_path, capsys):
     run("train", "at", *QUICK, "--out", tmp_path / "run")
     with pytest.raises(BadInput, match=r"several epochs in .* \(train with --keep-every N\), got best, last"):
-        process.study(tmp_path / "run", PLAN, tmp_path, 1, None, "auto")
+        process.study(tmp_path / "run", PLAN, tmp_path, partial(processes, 1), None, "auto")
     with pytest.raises(SystemExit) as stop:
         run("study", "process", tmp_path / "run", "--points", "4")
     assert stop.value.code == 2

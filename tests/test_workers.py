@@ -10,11 +10,12 @@ from pathlib import Path
 import pytest
 import working
 
-from saltflat.lab.study.workers import side_by_side
+from saltflat.lab.study.workers import processes, side_by_side
 
 
 def test_results_come_by_name_in_the_order_given_and_prints_go_to_logs(tmp_path, capsys):
-    found = side_by_side(working.squared, {"b": 3, "a": 2, "c": 4}, 2, tmp_path / "logs", lambda n: f"got {n}")
+    with processes(2) as pool:
+        found = side_by_side(working.squared, {"b": 3, "a": 2, "c": 4}, pool, tmp_path / "logs", lambda n: f"got {n}")
     assert list(found.items()) == [("b", 9), ("a", 4), ("c", 16)]
     assert (tmp_path / "logs" / "b.log").read_text() == "squaring 3\n"
     out = capsys.readouterr().out
@@ -25,31 +26,34 @@ def test_results_come_by_name_in_the_order_given_and_prints_go_to_logs(tmp_path,
 
 def test_a_worker_has_one_thread_and_a_process_of_its_own(tmp_path, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "2")  # what it would begin with
-    found = side_by_side(working.threads, {"a": 0, "b": 1}, 2, tmp_path, str)
+    with processes(2) as pool:
+        found = side_by_side(working.threads, {"a": 0, "b": 1}, pool, tmp_path, str)
     assert {threads for threads, _ in found.values()} == {1}
     assert os.getpid() not in {process for _, process in found.values()}
 
 
 def test_what_a_worker_raises_stops_the_others_and_is_raised(tmp_path):
     began = time.monotonic()
-    with pytest.raises(ValueError, match="expected anything but 1"):
-        side_by_side(working.refused, {"a": 0, "b": 1}, 2, tmp_path, str)
+    with pytest.raises(ValueError, match="expected anything but 1"), processes(2) as pool:
+        side_by_side(working.refused, {"a": 0, "b": 1}, pool, tmp_path, str)
     assert time.monotonic() - began < 40
 
 
 def test_a_worker_that_is_killed_is_one_line(tmp_path):
-    with pytest.raises(OSError, match="a worker ended without a word"):
-        side_by_side(working.killed, {"a": 0}, 1, tmp_path, str)
+    with pytest.raises(OSError, match=r"a worker ended without a word at a .*; .*the same command goes on"):
+        with processes(1) as pool:
+            side_by_side(working.killed, {"a": 0}, pool, tmp_path, str)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("by", [signal.SIGKILL, signal.SIGINT])
 def test_without_the_study_nobody_works_on(tmp_path, by):
     script = (
-        "import working; from pathlib import Path; from saltflat.lab.study.workers import side_by_side\n"
+        "import working; from pathlib import Path; from saltflat.lab.study.workers import processes, side_by_side\n"
         "if __name__ == '__main__':\n"
         f"    folder = Path({str(tmp_path)!r})\n"
-        "    side_by_side(working.marked, {'a': folder}, 1, folder / 'logs', str)\n"
+        "    with processes(1) as pool:\n"
+        "        side_by_side(working.marked, {'a': folder}, pool, folder / 'logs', str)\n"
     )
     (tmp_path / "script.py").write_text(script)
     here = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}

@@ -2,7 +2,7 @@
 
 `Generator` is what every drawing function of the library takes: a `torch.Generator` (draws follow each other, so they
 depend on batch size and order), a `PerExample` (row i's draws depend on nothing but the seed, the example's id and the
-number of the draw), or None (torch's global one).
+number of the draw), `Rows` of a batch that another generator draws for, or None (torch's global one).
 
 A counter-based generator is a hash of a counter (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC
 2011). The hash here is the finaliser of SplitMix64 (Steele, Lea, Flood, OOPSLA 2014), computed in int64, where torch
@@ -12,7 +12,8 @@ wraps around as unsigned arithmetic does.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -60,11 +61,35 @@ class PerExample:
         return _shift_right(hashed, 64 - BITS).reshape(tuple(shape))
 
 
-Generator = torch.Generator | PerExample | None
+class Rows(NamedTuple):
+    """Draws for some rows of a batch: those that they get when the whole batch is drawn for, as it is here.
+
+    Args:
+        of: what draws; it advances as for the whole batch.
+        rows: which rows, a slice of 0 ... total - 1.
+        total: how many the batch has.
+
+    >>> whole, part = torch.Generator().manual_seed(0), torch.Generator().manual_seed(0)
+    >>> torch.equal(uniform(torch.zeros(3, 2), whole)[1:], uniform(torch.zeros(2, 2), Rows(part, slice(1, 3), 3)))
+    True
+    """
+
+    of: Generator
+    rows: slice
+    total: int
+
+    def taken(self, draw: Callable[[Tensor, Generator], Tensor], like: Tensor) -> Tensor:
+        """Those rows of what is drawn for all."""
+        return draw(like.new_empty((self.total, *like.shape[1:])), self.of)[self.rows].view(like.shape)
+
+
+Generator = torch.Generator | PerExample | Rows | None
 
 
 def uniform(like: Tensor, generator: Generator = None) -> Tensor:
     """Uniform numbers in [0, 1), of the shape, dtype and device of `like`; advances the generator."""
+    if isinstance(generator, Rows):
+        return generator.taken(uniform, like)
     if isinstance(generator, PerExample):
         u = generator.bits(like.shape, like.device).to(_wide(like.dtype)).div(2**BITS).to(like.dtype)
         return u.clamp(max=1 - torch.finfo(like.dtype).eps / 2)  # half precision may have rounded up to 1
@@ -78,6 +103,8 @@ def normal(like: Tensor, generator: Generator = None) -> Tensor:
     `PerExample` uses Box and Muller's sqrt(-2 log u1) cos(2 pi u2) with u1 in (0, 1], so no number exceeds 5.8 in
     absolute value.
     """
+    if isinstance(generator, Rows):
+        return generator.taken(normal, like)
     if isinstance(generator, PerExample):
         dtype = _wide(like.dtype)
         u1 = generator.bits(like.shape, like.device).to(dtype).add(1).div(2**BITS)

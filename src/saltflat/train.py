@@ -4,32 +4,39 @@
                        measure at w, in eval mode, on images as they are:  the fixed training subset, validation, test
 
 `fit` writes nothing and prints nothing: it yields what happened, and whoever runs it does with that what they like.
-All that it draws at random in an epoch comes from generators seeded by (seed, epoch), so that an epoch is the same
-whether training was interrupted before it or not.
+All that it draws at random in an epoch comes from generators seeded by (seed, epoch), so that training is the same
+whether it was interrupted or not. On many processes, each takes its share of every batch and of every measured set;
+what is drawn is drawn as by one.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
+from saltflat import parallel
 from saltflat.averaging import ema, reestimate_statistics, swa
 from saltflat.data.images import Images, to_float
-from saltflat.evaluation import outcomes
+from saltflat.data.stored import Stored, order, shape_of
+from saltflat.data.stored import batches as read_batches
+from saltflat.evaluation import Outcomes, outcomes
 from saltflat.inputs import PGD
 from saltflat.objectives import Objective
-from saltflat.random import derived_seed, seeded
+from saltflat.parallel import Alone, Spread, Weighted
+from saltflat.random import Rows, derived_seed, seeded
 from saltflat.schedules import Schedule
 from saltflat.step import Radius, Step, double_perturbation_step, in_mode, undoing
 
 ORDER, DRAWS, EXTRA = 0, 1, 2  # the streams of random numbers of an epoch
+IN_A_ROW = 100  # dropped batches, after which training fails before the epoch is over
 # What robust accuracy on training examples loses within an epoch of catastrophic overfitting (Wong, Rice, Kolter)
 COLLAPSE = 0.2
 
@@ -76,6 +83,7 @@ class Plan:
             statistics of BatchNorm re-estimated on the training images as they are; or None.
         measure: the attack of the measurements at the end of each epoch.
         measure_batch_size: examples at a time in those.
+        readers: processes that read `Stored` images ahead; with 0, this one reads them.
         seed: of the order, the augmentation and the attacks' starts. (The initial weights are the caller's.)
     """
 
@@ -97,6 +105,7 @@ class Plan:
     average: float | None = None
     swa_from: float | None = None
     measure_batch_size: int = 256
+    readers: int = 0
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -110,15 +119,31 @@ class Plan:
             raise ValueError(f"swa_from: expected a number in [0, 1), got {self.swa_from!r}")
 
 
+class Diverged(FloatingPointError):
+    """Gradients were not finite, for too many batches, or the network is not.
+
+    Attributes:
+        batch: x and y, on the CPU, as the step was given them on this process: the last whole batch that was dropped
+            of the epoch; none if those were before training was gone on with.
+    """
+
+    def __init__(self, message: str, batch: dict[str, Tensor]) -> None:
+        super().__init__(message)
+        self.batch = batch
+
+
 @dataclass(frozen=True)
 class Stepped:
-    """A step is done. `loss` and `perturbed_loss`, as in `Step`, stay on the device."""
+    """A step is done. `loss` and `perturbed_loss`, as in `Step`, of this process' rows, stay on the device. `state()`
+    makes what `Epoch.state` is, to go on from here; it may be asked for until the next event, on all processes alike.
+    """
 
     step: int
     steps: int
     epoch: int
     loss: Tensor
     perturbed_loss: Tensor
+    state: Callable[[], dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -141,8 +166,8 @@ class Epoch:
             epoch's steps, whose sum over epochs is the time of training, and `evaluation_seconds` of its measurements.
         best: robust accuracy on `validation` is the highest so far; clean accuracy, where training attacks nothing.
         model: the network that was measured (the average, if there is one).
-        state: all that `fit` needs to go on from here, as tensors and numbers; save it before asking for the next
-            event.
+        state: all that `fit` needs to go on from here, as tensors and numbers, equal on all processes; save it before
+            asking for the next event.
     """
 
     epoch: int
@@ -157,122 +182,142 @@ Event = Stepped | Measuring | Epoch
 
 def fit(
     model: nn.Module,
-    train: Images,
+    train: Images | Stored,
     measured: Mapping[str, Images],
     plan: Plan,
     optimizer: torch.optim.Optimizer,
     *,
     extra: Images | None = None,
     state: dict[str, Any] | None = None,
+    spread: Spread | None = None,
 ) -> Iterator[Event]:
     """Train `model` in place, yielding a `Stepped` per step, and a `Measuring` and an `Epoch` per epoch.
 
     Args:
         model: on its device; all of it is trained in train mode, and each module has its own mode between epochs.
-        train: moved to the model's device as uint8.
+        train: `Images` are moved to the model's device as uint8; `Stored` ones are read batch by batch, in the order of
+            `data.order`, by each process its share.
         measured: the fixed sets looked at after each epoch, by name: "train" (a subset), "validation", "test"; each
             may be missing.
         plan: what is done.
         optimizer: over the model's parameters; its learning rates are set by the plan.
         extra: pseudo-labelled or generated examples, moved like `train`. An epoch has as many steps with them as
             without: every step takes fewer examples of `train`, and what is left of those waits for another epoch.
-        state: of an earlier `Epoch`, to go on after it; model and optimiser are loaded from it.
+        state: of an earlier `Epoch` or `Stepped`, to go on after it, to the bit on as many processes as it is of; model
+            and optimiser are loaded from it.
+        spread: how the model lies on the processes that `parallel.together` holds together, `Replicated(model)` or
+            `Sharded(model, parts)`; every one of them runs this. Batch sizes are of all of them together.
 
-    Raises: ValueError for a share of extra examples without such, or the reverse, and for extra examples of another
-        shape or number of classes; FloatingPointError at the end of an epoch in which more than half of the batches
-        were dropped, for gradients that are not finite, those that the plan excuses left aside.
+    Raises: ValueError for a share of extra examples without such, or the reverse, for extra examples of another shape
+        or number of classes, and for a moving average of sharded weights; `Diverged` at the end of an epoch in which
+        more than half of the batches were dropped, for gradients that are not finite, those that the plan excuses left
+        aside, or after which weights or running statistics are not finite, and after a hundred batches that were
+        dropped one after the other.
     """
     _check_extra(extra, train, plan)
+    spread = spread or Alone(model)
     device = next(model.parameters()).device
-    images, labels = train.images.to(device), train.labels.to(device)
+    read = _from_memory(train, device) if isinstance(train, Images) else partial(_from_disk, train, plan, device)
     more = None if extra is None else (extra.images.to(device), extra.labels.to(device))
-    average = ema(model, plan.average) if plan.average is not None else None if plan.swa_from is None else swa(model)
+    average = None
+    if plan.average is not None:
+        if parallel.is_sharded(model):
+            raise ValueError("average: expected None for sharded weights, which no process has all of after each step")
+        average = ema(parallel.raw(spread.called), plan.average)
+    elif plan.swa_from is not None:
+        average = swa(spread.network())
     batches = math.ceil(len(train) / plan.batch_size)
     own = plan.batch_size - extra_per_batch(plan.extra_share, plan.batch_size)
     steps = plan.epochs * batches
-    step = done = 0
-    best = before = -1.0
+    now = _Now()
     plan.memory.clear()
     if state is not None:
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
+        spread.load(optimizer, state)
         if average is not None:
             average.load_state_dict(state["average"])
-        torch.set_rng_state(state["random"])
-        if device.type == "cuda" and state["random_cuda"] is not None:
-            torch.cuda.set_rng_state(state["random_cuda"], device)
-        plan.memory.update({name: kept.to(device) for name, kept in state["memory"].items()})
-        step, done, best, before = state["step"], state["epoch"], state["best"], state["before"]
+        now = _gone_back_to(state, plan, device)
 
-    for epoch in range(done + 1, plan.epochs + 1):
+    for epoch in range(now.epoch + 1, plan.epochs + 1):
         began = time.perf_counter()
-        order = torch.randperm(len(train), generator=seeded(plan.seed, epoch, ORDER)).to(device)
+        rows_of_epoch = _order(train, seeded(plan.seed, epoch, ORDER))
         generator = seeded(plan.seed, epoch, DRAWS, device=device)
         drawn = _drawn(extra, batches, plan.batch_size, seeded(plan.seed, epoch, EXTRA)).to(device)
-        sums, excused = torch.zeros(5, dtype=torch.float64, device=device), plan.excused()
-        with in_mode(model, "train"):
-            for rows, extra_rows in zip(torch.split(order, own), drawn, strict=False):
+        sums, excused, behind = torch.zeros(5, dtype=torch.float64, device=device), plan.excused(), 0
+        if now.within is not None:  # an epoch that was left in its midst
+            generator.set_state(now.within["draws"])
+            sums, excused = (now.within[name].to(device) for name in ("sums", "excused"))
+            began, behind = began - now.within["seconds"], now.within["batches"]
+        dropped = _Dropped(device)
+        with in_mode(spread.called, "train"):
+            ahead = torch.split(rows_of_epoch, own)[behind:]
+            for rows, extra_rows, (chosen, y) in zip(ahead, drawn[behind:], read(ahead), strict=False):
                 for group in optimizer.param_groups:
-                    group["lr"] = plan.learning_rate((step + 1) / steps)
-                progress = step / steps
-                chosen, y = images[rows], labels[rows]
+                    group["lr"] = plan.learning_rate((now.step + 1) / steps)
+                progress = now.step / steps
                 if more is not None:
                     added = extra_rows[: plan.batch_size - len(rows)]
                     shuffled = torch.randperm(plan.batch_size, generator=generator, device=device)
                     chosen = torch.cat([chosen, more[0][added]])[shuffled]
                     y = torch.cat([y, more[1][added]])[shuffled]
                 x, y = plan.mix(to_float(plan.augment(chosen, generator)), y, generator)
+                n, objective = len(x), plan.objective(progress)
+                x, y, draws, objective = _own(x, y, generator, objective)
                 found = plan.step(
-                    model,
+                    spread.called,
                     x,
                     y,
-                    objective=plan.objective(progress),
+                    objective=objective,
                     attack=plan.attack(progress),
-                    ball=plan.ball(progress) if step % plan.perturb_every == 0 else None,
+                    ball=plan.ball(progress) if now.step % plan.perturb_every == 0 else None,
                     optimizer=optimizer,
-                    generator=generator,
+                    generator=draws,
                 )
                 if plan.clean_forward:
-                    undo = undoing(model)
+                    undo = undoing(spread.called)
                     with torch.no_grad():
-                        model(x)
+                        spread.called(x)
                     undo(found.dropped > 0)
+                spread.settle()
                 if average is not None and plan.average is not None:
-                    _follow(average, model, plan.average)
-                step += 1
-                sums += _sums(found, len(x))
-                yield Stepped(step, steps, epoch, found.loss, found.perturbed_loss)
-        if plan.swa_from is not None and average is not None and step / steps > plan.swa_from:
-            average.update_parameters(model)
-            reestimate_statistics(average.module, (to_float(part) for part in torch.tensor_split(images, batches)))
+                    _follow(average, parallel.raw(spread.called), plan.average)
+                sums += _sums(found, n)
+                dropped.see(found, x, y, epoch)
+                now.step, now.within = now.step + 1, {"draws": generator, "sums": sums, "excused": excused}
+                now.within |= {"seconds": time.perf_counter() - began, "batches": now.step - (epoch - 1) * batches}
+                state_here = partial(_state, spread, optimizer, average, plan, now, device)
+                yield Stepped(now.step, steps, epoch, found.loss, found.perturbed_loss, state_here)
+        if plan.swa_from is not None and average is not None and now.step / steps > plan.swa_from:
+            average.update_parameters(spread.network())
+            everything = torch.tensor_split(torch.arange(len(train)), batches)
+            reestimate_statistics(average.module, (to_float(part) for part, _ in read(everything)))
 
-        sums = torch.cat([sums, (plan.excused() - excused).reshape(1).to(sums)])
-        used, loss, perturbed_loss, skipped, dropped, excusable = sums.tolist()  # the epoch's one wait for the device
-        if dropped - excusable > batches / 2:
-            raise FloatingPointError(
-                f"epoch {epoch}: the gradient of {int(dropped)} of {batches} batches was not finite; "
-                "a lower learning rate, gamma or precision may be to blame"
-            )
+        sums = torch.cat([parallel.mean(sums), (plan.excused() - excused).reshape(1).to(sums)])
+        used, loss, perturbed_loss, skipped, lost, excusable = sums.tolist()  # the epoch's one wait for the device
+        if lost - excusable > batches / 2:
+            raise dropped.diverged(f"epoch {epoch}: the gradient of {int(lost)} of {batches} batches was not finite")
         trained = time.perf_counter()
         yield Measuring(epoch)
         begun = average is not None and int(average.n_averaged) > 0
-        network: nn.Module = average.module if average is not None and begun else model
+        network = average.module if average is not None and begun else spread.network()
+        if (name := _not_finite(network)) is not None:
+            raise dropped.diverged(f"epoch {epoch}: {name} is not finite")
         sets = {name: measure(network, data, plan) for name, data in measured.items()}
-        judged = "clean_accuracy" if plan.attack((step - 1) / steps) is None else "robust_accuracy"
+        judged = "clean_accuracy" if plan.attack((now.step - 1) / steps) is None else "robust_accuracy"
         chosen_by = sets["validation"][judged] if "validation" in sets else -1.0
-        is_best, best = chosen_by > best, max(chosen_by, best)
+        is_best, now.best = chosen_by > now.best, max(chosen_by, now.best)
         trained_on = sets["train"]["robust_accuracy"] if "train" in sets else -1.0
-        collapsed, before = before - trained_on > COLLAPSE, trained_on
-        ball = plan.ball((step - 1) / steps)
+        collapsed, now.before = now.before - trained_on > COLLAPSE, trained_on
+        now.epoch, now.within = epoch, None
+        ball = plan.ball((now.step - 1) / steps)
         metrics = {
             "epoch": epoch,
-            "step": step,
+            "step": now.step,
             "learning_rate": optimizer.param_groups[0]["lr"],
             "gamma": 0.0 if ball is None else ball.radius,
             "loss": loss / used if used else math.nan,
             "perturbed_loss": perturbed_loss / used if used else math.nan,
             "skipped": int(skipped),
-            "dropped": int(dropped),
+            "dropped": int(lost),
             **sets,
             "gap": gap(sets),
             "best": is_best,
@@ -280,19 +325,158 @@ def fit(
             "seconds": trained - began,
             "evaluation_seconds": time.perf_counter() - trained,
         }
-        reached = {
-            "model": model.state_dict(),
-            "optimizer": optimizer.state_dict(),
-            "average": None if average is None else average.state_dict(),
-            "random": torch.get_rng_state(),  # torch's global generators: dropout draws from them
-            "random_cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
-            "memory": dict(plan.memory),
-            "step": step,
-            "epoch": epoch,
-            "best": best,
-            "before": before,
-        }
-        yield Epoch(epoch, metrics, is_best, network, reached)
+        yield Epoch(epoch, metrics, is_best, network, _state(spread, optimizer, average, plan, now, device))
+
+
+@dataclass
+class _Now:
+    """Where training stands, besides weights, their optimiser and their average.
+
+    Attributes:
+        step, epoch: how many are done.
+        best, before: robust accuracy on validation, of all epochs, and on train, of the last.
+        within: of an epoch that is under way: what its generator has come to, its sums, its batches and seconds so far.
+    """
+
+    step: int = 0
+    epoch: int = 0
+    best: float = -1.0
+    before: float = -1.0
+    within: dict[str, Any] | None = None
+
+
+def _state(
+    spread: Spread,
+    optimizer: torch.optim.Optimizer,
+    average: AveragedModel | None,
+    plan: Plan,
+    now: _Now,
+    device: torch.device,
+) -> dict[str, Any]:
+    """All of it, equal on all processes, as tensors and numbers."""
+    own = {
+        "random": torch.get_rng_state(),  # torch's global generators: dropout draws from them
+        "random_cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
+        "memory": {name: kept.cpu() for name, kept in plan.memory.items()},
+        "sums": None if now.within is None else now.within["sums"].cpu(),
+    }
+    within = None
+    if now.within is not None:
+        within = {name: now.within[name] for name in ("seconds", "batches")}
+        within |= {"draws": now.within["draws"].get_state(), "excused": now.within["excused"].cpu()}
+    return {
+        **spread.state(optimizer),
+        "average": None if average is None else average.state_dict(),
+        "ranks": parallel.everyones(own),
+        "within": within,
+        "step": now.step,
+        "epoch": now.epoch,
+        "best": now.best,
+        "before": now.before,
+    }
+
+
+def _gone_back_to(state: dict[str, Any], plan: Plan, device: torch.device) -> _Now:
+    """Where a state was made; fills the plan's memory, and sets torch's global generators.
+
+    On another number of processes, what was each one's own is the first one's, and generators stay as they are.
+    """
+    same = len(state["ranks"]) == parallel.ranks()
+    own = state["ranks"][parallel.rank() if same else 0]
+    if same:
+        torch.set_rng_state(own["random"])
+        if device.type == "cuda" and own["random_cuda"] is not None:
+            torch.cuda.set_rng_state(own["random_cuda"], device)
+    plan.memory.update({name: kept.to(device) for name, kept in own["memory"].items()})
+    within = state["within"]
+    if within is not None:
+        summed = own["sums"] if same else torch.stack([one["sums"] for one in state["ranks"]]).mean(0)
+        within = {**within, "sums": summed.clone()}
+    return _Now(state["step"], state["epoch"], state["best"], state["before"], within)
+
+
+def _order(train: Images | Stored, generator: torch.Generator) -> Tensor:
+    """Of an epoch."""
+    return torch.randperm(len(train), generator=generator) if isinstance(train, Images) else order(train, generator)
+
+
+def _from_memory(train: Images, device: torch.device) -> Callable[[Sequence[Tensor]], Iterator[tuple[Tensor, Tensor]]]:
+    """Rows of every batch -> its images and labels, on the device."""
+    images, labels = train.images.to(device), train.labels.to(device)
+    return lambda batches: ((images[rows], labels[rows]) for rows in (batch.to(device) for batch in batches))
+
+
+def _from_disk(
+    train: Stored, plan: Plan, device: torch.device, batches: Sequence[Tensor]
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """The same; each process reads its share, and others' images are black: what is drawn for a batch is drawn for all
+    of it.
+    """
+    shares = [parallel.share(len(rows)) for rows in batches]
+    own = (rows[share] if share.stop > share.start else rows[:1] for rows, share in zip(batches, shares, strict=True))
+    for rows, share, (images, _) in zip(batches, shares, read_batches(train, own, plan.readers), strict=True):
+        whole = images if len(images) == len(rows) else images.new_zeros((len(rows), *images.shape[1:]))
+        if whole is not images:
+            whole[share if share.stop > share.start else slice(0, 1)] = images
+        yield whole.to(device), train.labels[rows].to(device)
+
+
+def _own(
+    x: Tensor, y: Tensor, generator: torch.Generator, objective: Objective
+) -> tuple[Tensor, Tensor, Any, Objective]:
+    """This process' rows of a batch; what draws for them, and the objective whose mean over processes is the batch's.
+
+    Where there are fewer rows than processes, some take a row of somebody else's, which counts nothing.
+    """
+    n, ranks, rows = len(x), parallel.ranks(), parallel.share(len(x))
+    if ranks == 1:
+        return x, y, generator, objective
+    size = rows.stop - rows.start
+    rows = rows if size else slice(0, 1)
+    weighted = objective if size * ranks == n else Weighted(objective, size * ranks / n)
+    return x[rows], y[rows], Rows(generator, rows, n), weighted
+
+
+class _Dropped:
+    """Batches dropped in a row, and the last of them; looked at a step late, so that no GPU is waited for."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.in_a_row = torch.zeros((), dtype=torch.int64, device=device)
+        self.told = torch.zeros((), dtype=torch.int64, pin_memory=device.type == "cuda")
+        self.held = torch.zeros((), dtype=torch.bool, device=device)  # whether x and y are of one that was dropped
+        self.x: Tensor | None = None
+        self.y: Tensor | None = None
+
+    @torch.no_grad()
+    def see(self, found: Step, x: Tensor, y: Tensor, epoch: int) -> None:
+        if self.told >= IN_A_ROW:
+            raise self.diverged(f"epoch {epoch}: the gradients of {int(self.told)} batches in a row were not finite")
+        bad = found.dropped > 0
+        if self.x is None or self.y is None:
+            self.x, self.y, self.held = x.clone(), y.clone(), bad
+        elif self.x.shape == x.shape:
+            self.x, self.y = torch.where(bad, x, self.x), torch.where(bad, y, self.y)
+            self.held = self.held | bad
+        self.in_a_row = (self.in_a_row + 1) * bad
+        self.told.copy_(self.in_a_row, non_blocking=True)
+
+    def diverged(self, message: str) -> Diverged:
+        known = self.x is not None and self.y is not None and bool(self.held)
+        batch = {"x": self.x.cpu(), "y": self.y.cpu()} if known else {}  # type: ignore[union-attr]
+        return Diverged(f"{message}; a lower learning rate, gamma or precision may be to blame", batch)
+
+
+@torch.no_grad()
+def _not_finite(model: nn.Module) -> str | None:
+    """The name of a weight or a running statistic that is not; gradients in train mode know nothing of the latter, and
+    an attack that meets them does nothing. Other buffers, such as masks, may be infinite.
+    """
+    looked_at = dict(model.named_parameters())
+    for name, module in model.named_modules():
+        if isinstance(module, nn.modules.batchnorm._NormBase):
+            looked_at |= {f"{name}.{key}": of for key, of in module.named_buffers(recurse=False)}
+    fine = torch.stack([of.isfinite().all() for of in looked_at.values()]).tolist()
+    return next((name for name, finite in zip(looked_at, fine, strict=True) if not finite), None)
 
 
 @torch.no_grad()
@@ -320,16 +504,20 @@ def extra_per_batch(share: float, batch_size: int) -> int:
     return math.floor(round(share * batch_size, 6))
 
 
-def _check_extra(extra: Images | None, train: Images, plan: Plan) -> None:
+def _check_extra(extra: Images | None, train: Images | Stored, plan: Plan) -> None:
     if (extra is None) != (plan.extra_share == 0):
         raise ValueError(f"extra: expected {'some' if extra is None else 'none'} with a share of {plan.extra_share!r}")
     if extra is None:
         return
     if extra_per_batch(plan.extra_share, plan.batch_size) == 0:
         raise ValueError(f"extra_share: expected one of {plan.batch_size} examples or more, got {plan.extra_share!r}")
-    theirs, ours = ((*of.images.shape[1:], of.num_classes) for of in (extra, train))
+    theirs, ours = ((*shape_of(of), of.num_classes) for of in (extra, train))
     if theirs != ours:
         raise ValueError(f"extra: expected images and classes as {train.name} has them, {ours}, got {theirs}")
+    if isinstance(train, Stored) and parallel.ranks() > 1:
+        raise ValueError(
+            "extra: expected none with stored images on many processes, whose batches no process has whole"
+        )
 
 
 def _drawn(extra: Images | None, batches: int, size: int, generator: torch.Generator) -> Tensor:
@@ -338,18 +526,26 @@ def _drawn(extra: Images | None, batches: int, size: int, generator: torch.Gener
 
 
 def _sums(found: Step, examples: int) -> Tensor:
-    """Examples used, their summed losses at w and at w + v, tensors skipped, batches dropped."""
+    """Examples used, their summed losses at w and at w + v, tensors skipped, batches dropped; over many processes, what
+    of these has the right mean.
+    """
     used = 1 - found.dropped
     n = used * examples
     losses = [torch.where(used > 0, loss, 0) * n for loss in (found.loss, found.perturbed_loss)]
-    return torch.stack([n, *losses, found.skipped.to(n.device), found.dropped]).double()
+    return torch.stack([n, *losses, parallel.gathered(found.skipped).to(n.device), found.dropped]).double()
 
 
 def measure(model: nn.Module, data: Images, plan: Plan) -> dict[str, float]:
     """Clean and robust accuracy (fractions) and mean cross-entropy (nats) of the model as it stands."""
-    seed = derived_seed(plan.seed)
-    clean = outcomes(model, data, None, batch_size=plan.measure_batch_size)
-    robust = outcomes(model, data, plan.measure, batch_size=plan.measure_batch_size, seed=seed)
+
+    def measured(attack: PGD | None) -> Outcomes:
+        rows = torch.arange(len(data))[parallel.share(len(data))] if len(data) >= parallel.ranks() > 1 else None
+        found = outcomes(
+            model, data, attack, batch_size=plan.measure_batch_size, seed=derived_seed(plan.seed), rows=rows
+        )
+        return found if rows is None else Outcomes(parallel.joined(found.loss), parallel.joined(found.correct))
+
+    clean, robust = measured(None), measured(plan.measure)
     return {
         "n": len(data),
         "clean_accuracy": clean.accuracy,

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from saltflat.balls import WeightBall, Weights, alike, check_radius, copies, copy, norms
+from saltflat.parallel import refuse_others, reshard
 
 Closure = Callable[[], Tensor]
 Parameters = Mapping[str, nn.Parameter]
@@ -318,7 +319,11 @@ def _kept(names: Sequence[tuple[Any, str]], get: Callable[..., Any], put: Callab
 
 
 def chosen_weights(model: nn.Module, where: Where) -> dict[str, nn.Parameter]:
-    """The parameters that `where` takes, by name; ValueError if there are none."""
+    """The parameters that `where` takes, by name; ValueError if there are none, or if layers cannot be told apart
+    (`refuse_others`).
+    """
+    refuse_others(model)
+    reshard(model)
     parameters = dict(model.named_parameters())
     chosen = {name: parameter for name, parameter in parameters.items() if where(name, parameter)}
     if not chosen:

@@ -1,16 +1,18 @@
-"""Images in memory as uint8, with readers of bundled and downloaded data sets, exact splits, augmentation, mixing."""
+"""Images as uint8, in memory or on disk, with readers of bundled and downloaded sets, exact splits and augmentation."""
 
 from saltflat.data.arrays import arrays
 from saltflat.data.augment import crop_flip, rotate
 from saltflat.data.cifar import cifar10, cifar100
 from saltflat.data.digits import digits
 from saltflat.data.download import SOURCES, Source, fetch
-from saltflat.data.folder import folder, tiny_imagenet
+from saltflat.data.folder import folder, stored_folder, tiny_imagenet
 from saltflat.data.image_arrays import image_arrays
 from saltflat.data.images import Images, Splits, stratified_split, stratified_subset, to_float
 from saltflat.data.labelled import labelled
 from saltflat.data.mix import cutmix, mixup, smoothed
-from saltflat.data.parquet import parquet
+from saltflat.data.parquet import parquet, stored_parquet
+from saltflat.data.shards import stored_shards
+from saltflat.data.stored import Stored, alone, batches, order, shape_of
 from saltflat.data.svhn import svhn, svhn_extra
 
 __all__ = [
@@ -18,7 +20,10 @@ __all__ = [
     "Images",
     "Source",
     "Splits",
+    "Stored",
+    "alone",
     "arrays",
+    "batches",
     "cifar10",
     "cifar100",
     "crop_flip",
@@ -29,9 +34,14 @@ __all__ = [
     "image_arrays",
     "labelled",
     "mixup",
+    "order",
     "parquet",
     "rotate",
+    "shape_of",
     "smoothed",
+    "stored_folder",
+    "stored_parquet",
+    "stored_shards",
     "stratified_split",
     "stratified_subset",
     "svhn",

@@ -8,7 +8,6 @@ https://www.cs.toronto.edu/~kriz/cifar.html.
 
 import os
 import tarfile
-import zlib
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -23,6 +22,7 @@ from saltflat.data import pickles
 from saltflat.data.images import Images, Splits
 
 PIXELS = 3 * 32 * 32  # bytes of one image
+LARGEST = 2**30  # bytes of an archive, unpacked: the published ones have a fifth, and a small file can unpack to any
 
 
 @dataclass(frozen=True)
@@ -131,13 +131,17 @@ def _archive(path: Path, wanted: Collection[str], accepted: str) -> dict[str, by
     try:
         with tarfile.open(path, "r:*") as archive:
             for member in archive:
+                if member.offset_data + member.size > LARGEST:
+                    raise ValueError(f"{member.name!r} ends beyond {LARGEST:,} bytes")
                 name = PurePosixPath(member.name).name
                 file = archive.extractfile(member) if member.isfile() and name in wanted else None
                 if file is not None:
                     found[name] = file.read()
             while archive.fileobj is not None and archive.fileobj.read(2**20):
-                pass  # gzip compares its checksum only at the very end, which lies behind the last member
-    except (tarfile.TarError, OSError, EOFError, zlib.error) as error:
+                # gzip compares its checksum only at the very end, which lies behind the last member
+                if archive.fileobj.tell() > LARGEST:
+                    raise ValueError(f"goes on beyond {LARGEST:,} bytes")
+    except Exception as error:  # a damaged archive can fail in any of its parts
         raise ValueError(f"{path}: not a tar archive that can be read to its end; expected {accepted}") from error
     return found
 

@@ -8,13 +8,18 @@ http://cs231n.stanford.edu/tiny-imagenet-200.zip.
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
+from torch import Tensor
 
+from saltflat.data.encoded import decoded
 from saltflat.data.images import Images, Splits
-from saltflat.data.parquet import decoded
+from saltflat.data.stored import Stored, alone, stored_files
 
 
 def folder(path: str | os.PathLike[str]) -> Splits:
@@ -48,6 +53,44 @@ def folder(path: str | os.PathLike[str]) -> Splits:
         classes,
         [_File(file, classes[each]) for each in classes for file in _files(train / each)],
         [_File(file, classes[each]) for each in tested for file in _files(test / each)],
+    )
+
+
+def stored_folder(path: str | os.PathLike[str], *, split: str = "train", like: Images | Stored | None = None) -> Stored:
+    """Images on disk, from `<split>/<class>/`, as `folder` reads them into memory: the same rows in the same order.
+
+    Args:
+        path: a folder with `train/`, whose folders are the classes of every split.
+        split: "train", "test" or "val"; without `test/`, the test set is `val/`.
+        like: a set whose shape of images and number of classes this one has to have, as a test set those of the
+            training set.
+
+    Images are grey (C = 1) when all of this split, or those of `like`, are; to learn that of a grey set, the headers of
+    all images are read. Each row is read by itself. Needs the extra `data` (pillow).
+
+    Raises what `folder` does, for images other than the first when they are read.
+
+    >>> stored_folder("no/such/folder")
+    Traceback (most recent call last):
+    FileNotFoundError: no/such/folder: not found; expected a folder with train/
+    """
+    root = Path(path)
+    if not root.is_dir():
+        raise FileNotFoundError(f"{root}: not found; expected a folder with {split}/")
+    place = root / ("val" if split == "test" and not (root / "test").is_dir() else split)
+    if not place.is_dir():
+        raise ValueError(f"{root}: expected {split}/ in it, with a folder for each class")
+    classes = _classes(root / "train")
+    found = classes if split == "train" else _tested(place, classes)
+    names = [np.array([os.fsencode(file.relative_to(root)) for file in _files(place / each)]) for each in found]
+    labels = torch.tensor([classes[each] for each in found]).repeat_interleave(torch.tensor([len(n) for n in names]))
+    return stored_files(
+        _Files(root, np.concatenate(names), labels),
+        labels,
+        num_classes=len(classes),
+        name=f"{root.resolve().name} {split}",
+        blocks=alone(len(labels)),
+        like=like,
     )
 
 
@@ -91,6 +134,20 @@ class _File(NamedTuple):
             return self.path.read_bytes()
         except OSError as error:
             raise ValueError(f"{self.path}: cannot be read: {error.strerror}") from error
+
+
+@dataclass(frozen=True, eq=False)
+class _Files:
+    """The files of some rows. names: (N,), relative to the root, in one array: workers would copy Python's strings, one
+    by one, as they count references.
+    """
+
+    root: Path
+    names: NDArray[np.bytes_]
+    labels: Tensor
+
+    def __call__(self, rows: Sequence[int]) -> list[_File]:
+        return [_File(self.root / os.fsdecode(self.names[row]), int(self.labels[row])) for row in rows]
 
 
 def _visible(place: Path) -> list[Path]:

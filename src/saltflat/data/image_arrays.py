@@ -8,19 +8,20 @@ place among those of the other images; so it is done within the array that was r
 of millions is never in memory twice.
 """
 
+import math
 import os
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
-from numpy.lib.format import read_array
+from numpy.lib.format import read_array, read_array_header_1_0, read_array_header_2_0, read_magic
 from numpy.typing import NDArray
 from torch import Tensor
 
-from saltflat.data.images import Images, Splits
+from saltflat.data.images import Images, Splits, check_fits
 
 AT_A_TIME = 64  # images whose channels are moved together: few enough for a cache
 MOST_CLASSES = 100_000  # more than any set of images has; a label beyond is an index, or bytes of something else
@@ -79,10 +80,22 @@ def _array(archive: zipfile.ZipFile, names: Sequence[str]) -> NDArray[Any]:
     if len(members) > 1:
         raise ValueError(f"expected one array {' or '.join(names)} in it, found {len(members)}")
     with archive.open(members[0]) as member:
+        claimed, held = _claimed(member), archive.getinfo(members[0]).file_size
+    if claimed > held:
+        raise ValueError(f"{members[0]} claims {claimed:,} bytes and holds {held:,} at most")
+    check_fits(claimed, members[0])
+    with archive.open(members[0]) as member:
         array: NDArray[Any] = read_array(member, allow_pickle=False)
         if member.read(1):  # at the end, and only there, zip compares its checksum
             raise ValueError(f"{members[0]} goes on behind its array")
     return array
+
+
+def _claimed(member: IO[bytes]) -> int:
+    """Bytes of the array that an npy file announces."""
+    header = read_array_header_1_0 if read_magic(member) == (1, 0) else read_array_header_2_0
+    shape, _, dtype = header(member)
+    return math.prod(shape) * dtype.itemsize
 
 
 def channels_first(pixels: NDArray[Any], source: str) -> Tensor:

@@ -5,6 +5,7 @@ class c, with n_c of the N examples, floor(s n_c / N) places; the places that ar
 (Hamilton's method), so that every class is within one example of its share and the sizes are exact.
 """
 
+import os
 from dataclasses import dataclass, field
 
 import torch
@@ -80,6 +81,17 @@ class Splits:
 
     train: Images
     test: Images
+
+
+def check_fits(size: int, source: str) -> None:
+    """ValueError, in one line, if so many bytes are more than this machine has memory: a small file can claim any size.
+
+    >>> check_fits(2**60, "bomb.npz")
+    Traceback (most recent call last):
+    ValueError: bomb.npz: claims 1,073,741,824 GiB, more than this machine has memory
+    """
+    if hasattr(os, "sysconf") and size > os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"):
+        raise ValueError(f"{source}: claims {size // 2**30:,} GiB, more than this machine has memory")
 
 
 def to_float(images_uint8: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -1,32 +1,30 @@
 """Image data sets in the layout of the Hugging Face hub: parquet files of encoded images and labels, some per split.
 
 One row is one image: a struct<bytes, path> with a whole PNG or JPEG file in `bytes`, and an integer label. All images
-are decoded once, into one uint8 tensor. Source: "Image dataset" in the documentation of the Hugging Face hub.
+are decoded once, into one uint8 tensor, or, where they stay on disk, each time that they are read. Source: "Image
+dataset" in the documentation of the Hugging Face hub.
 """
 
-import io
 import os
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from saltflat.data.encoded import EXTRA_ADVICE, decoded
 from saltflat.data.image_arrays import MOST_CLASSES
-from saltflat.data.images import Images, Splits
+from saltflat.data.images import Images, Splits, check_fits
+from saltflat.data.stored import WINDOW, Stored, block_of, files_of, stored_files
 
-if TYPE_CHECKING:
-    from PIL.Image import Image as PillowImage
-
+ROW = 100  # bytes in memory of a row, beside its image, at least
 IMAGE_COLUMNS = ("img", "image")
 LABEL_COLUMNS = ("label", "fine_label")
 SUBFOLDERS = (".", "data", "plain_text")
-EIGHT_BIT_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr")  # others lose depth on their way to RGB
-EXTRA_ADVICE = "needs the `data` extra: pip install 'saltflat[data]'"
 
 
 def parquet(path: str | os.PathLike[str], *, num_classes: int | None = None) -> Splits:
@@ -64,23 +62,54 @@ def parquet(path: str | os.PathLike[str], *, num_classes: int | None = None) -> 
     )
 
 
-class Encoded(Protocol):
-    """One image as a whole file: its bytes, and, as a string, where it was found."""
+def stored_parquet(
+    path: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+    *,
+    split: str = "train",
+    num_classes: int | None = None,
+    like: Images | Stored | None = None,
+) -> Stored:
+    """Images on disk, from parquet files, as `parquet` reads them into memory: the same rows in the same order.
 
-    @property
-    def data(self) -> bytes: ...
+    Args:
+        path: a folder in the hub's layout, a parquet file, or such files in the order in which they count.
+        split: of a folder, which files: those whose names begin with it and a hyphen.
+        num_classes: without it and `like`, one more than the largest label, which has to be below 100,000.
+        like: a set whose shape of images and number of classes this one has to have, as a test set those of the
+            training set.
 
+    A block is a row group, and the last few that were read are kept, in every process, as encoded bytes: groups of some
+    hundred rows, as the hub's own library writes them, read fast and take little; a file of one group is in memory
+    whole. Images are grey (C = 1) when all of these, or those of `like`, are; to learn that of a grey set, all of it is
+    read. Needs the extra `data` (pyarrow, pillow).
 
-def decoded(train: Sequence[Encoded], test: Sequence[Encoded]) -> tuple[Tensor, Tensor]:
-    """All images of both splits as (N, C, H, W), uint8: grey (C = 1) when all of them are 8-bit grey, else RGB (C = 3).
-    They stand as their EXIF orientation says; an EXIF that cannot be read says nothing.
+    Raises what `parquet` does, for images other than the first when they are read.
 
-    Raises ValueError, in one line, that names the image that cannot be decoded or differs in size from the first one.
+    >>> stored_parquet("no/such/folder")
+    Traceback (most recent call last):
+    FileNotFoundError: no/such/folder: not found; expected a folder with train-*.parquet
     """
-    # The first colour image decides: only a grey data set has all its headers read before it is decoded.
-    mode = "L" if all(_mode(image) == "L" for images in (train, test) for image in images) else "RGB"
-    size = _size(train[0])
-    return _decoded(train, mode, size), _decoded(test, mode, size)
+    files, name = files_of(path, [f"{place}/{split}-*.parquet".removeprefix("./") for place in SUBFOLDERS], split)
+    groups: list[_Group] = []
+    labels: list[Tensor] = []
+    for file in files:
+        with _opened(file) as opened:
+            image, label = _columns(opened.schema_arrow, file)
+            sizes = [opened.metadata.row_group(number).num_rows for number in range(opened.num_row_groups)]
+            first = 0
+            for number, size in enumerate(sizes):
+                groups.append(_Group(file, image, number, first, size))
+                first += size
+            first = 0
+            for batch in opened.iter_batches(columns=[label]):
+                labels.append(_labels(batch.column(label), file, first))
+                first += len(batch)
+    if not sum(map(len, labels)):
+        raise ValueError(f"{files[0]}: expected at least one row")
+    blocks = torch.tensor([group.size for group in groups])
+    return stored_files(
+        _Groups(groups, blocks), torch.cat(labels), num_classes=num_classes, name=name, blocks=blocks, like=like
+    )
 
 
 class _Row(NamedTuple):
@@ -92,6 +121,63 @@ class _Row(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.file}, row {self.number}"
+
+
+class _Group(NamedTuple):
+    """A row group: the file, its column of images, which group of it, its first row in it, how many rows."""
+
+    file: Path
+    column: str
+    number: int
+    first: int
+    size: int
+
+    def encoded(self) -> Any:
+        """The bytes of its images, in Arrow's memory."""
+        import pyarrow
+
+        with _opened(self.file) as opened:
+            images = opened.read_row_group(self.number, columns=[self.column], use_threads=False).column(self.column)
+            index = images.type.get_field_index("bytes")
+            found = pyarrow.chunked_array([chunk.flatten()[index] for chunk in images.chunks], images.type[index].type)
+        if len(found) != self.size:
+            raise ValueError(f"{self.file}: has changed since it was read first")
+        return found
+
+
+@dataclass(frozen=True, eq=False)
+class _Groups:
+    """The images of some rows; the groups that were used last are kept, by each process for itself."""
+
+    groups: Sequence[_Group]
+    blocks: Tensor
+    kept: dict[int, Any] = field(default_factory=dict)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "kept": {}}
+
+    def __call__(self, rows: Sequence[int]) -> list[_Row]:
+        ends = self.blocks.cumsum(0)
+        blocks = block_of(self.blocks, torch.tensor(rows)).tolist()
+        turns = {block: turn for turn, block in enumerate(dict.fromkeys(blocks))}
+        found: dict[int, _Row] = {}
+        for at in sorted(range(len(rows)), key=lambda at: turns[blocks[at]]):  # group by group: each is read once
+            group = self.groups[blocks[at]]
+            within = rows[at] - int(ends[blocks[at]]) + group.size
+            data = self._encoded(blocks[at])[within].as_py()
+            found[at] = _Row(group.file, group.first + within, data)
+            if data is None:
+                raise ValueError(f"{found[at]}: has no image bytes")
+        return [found[at] for at in range(len(rows))]
+
+    def _encoded(self, block: int) -> Any:
+        encoded = self.kept.pop(block, None)
+        if encoded is None:
+            while len(self.kept) >= WINDOW:
+                del self.kept[next(iter(self.kept))]  # the one that was not used for longest: dicts keep their order
+            encoded = self.groups[block].encoded()
+        self.kept[block] = encoded
+        return encoded
 
 
 def _files(folder: Path) -> tuple[list[Path], list[Path]]:
@@ -109,28 +195,36 @@ def _files(folder: Path) -> tuple[list[Path], list[Path]]:
 
 def _read(files: Sequence[Path]) -> tuple[list[_Row], Tensor]:
     """All rows and labels (N,), int64, of one split."""
+    rows: list[_Row] = []
+    labels: list[Tensor] = []
+    for file in files:
+        start = len(rows)
+        with _opened(file) as opened:
+            columns = _columns(opened.schema_arrow, file)
+            check_fits(ROW * opened.metadata.num_rows, str(file))
+            for batch in opened.iter_batches(columns=list(columns)):
+                images, classes = (batch.column(column) for column in columns)
+                first = len(rows) - start
+                rows += _rows(images, file, first)
+                labels.append(_labels(classes, file, first))
+    if not rows:
+        raise ValueError(f"{files[0]}: expected at least one row")
+    return rows, torch.cat(labels)
+
+
+@contextmanager
+def _opened(file: Path) -> Iterator[Any]:
+    """A ParquetFile; what fails in it is a ValueError of one line."""
     try:
         import pyarrow
         from pyarrow.parquet import ParquetFile
     except ImportError:
         raise ValueError(f"reading parquet {EXTRA_ADVICE}") from None
-    rows: list[_Row] = []
-    labels: list[Tensor] = []
-    for file in files:
-        start = len(rows)
-        try:
-            with ParquetFile(file) as opened:
-                columns = _columns(opened.schema_arrow, file)
-                for batch in opened.iter_batches(columns=list(columns)):
-                    images, classes = (batch.column(column) for column in columns)
-                    first = len(rows) - start
-                    rows += _rows(images, file, first)
-                    labels.append(_labels(classes, file, first))
-        except (pyarrow.ArrowException, OSError) as error:
-            raise ValueError(f"{file}: not a parquet file that can be read to its end") from error
-    if not rows:
-        raise ValueError(f"{files[0]}: expected at least one row")
-    return rows, torch.cat(labels)
+    try:
+        with ParquetFile(file) as opened:
+            yield opened
+    except (pyarrow.ArrowException, OSError) as error:
+        raise ValueError(f"{file}: not a parquet file that can be read to its end") from error
 
 
 def _columns(schema: Any, file: Path) -> tuple[str, str]:
@@ -141,7 +235,7 @@ def _columns(schema: Any, file: Path) -> tuple[str, str]:
         for name in names:
             if name in schema.names:
                 return name
-        raise ValueError(f"{file}: expected a column {' or '.join(names)}, found {', '.join(schema.names)}")
+        raise ValueError(f"{file}: expected a column {' or '.join(names)}, found {schema.names}")
 
     image, label = first(IMAGE_COLUMNS), first(LABEL_COLUMNS)
     kind = schema.field(image).type
@@ -167,62 +261,3 @@ def _labels(classes: Any, file: Path, first: int) -> Tensor:
     if labels.size and labels.max() > np.iinfo(np.int64).max:
         raise ValueError(f"{file}: expected classes below {MOST_CLASSES}, got {labels.max()}")
     return torch.from_numpy(labels.astype(np.int64))
-
-
-@contextmanager
-def _opened(row: Encoded) -> "Iterator[PillowImage]":
-    try:
-        from PIL import Image
-    except ImportError:
-        raise ValueError(f"decoding images {EXTRA_ADVICE}") from None
-    data = row.data  # whose errors are no decoder's
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "(Corrupt|Possibly corrupt) EXIF data")  # common, and no damage to the pixels
-        try:
-            with Image.open(io.BytesIO(data)) as image:
-                yield image
-        except Exception as error:  # a damaged image can fail in any part of its decoder
-            raise ValueError(f"{row}: not an image that can be decoded") from error
-
-
-def _mode(row: Encoded) -> str:
-    with _opened(row) as image:
-        return image.mode
-
-
-def _size(row: Encoded) -> tuple[int, int]:
-    with _opened(row) as image:
-        return _upright(image).size
-
-
-def _upright(image: "PillowImage") -> "PillowImage":
-    from PIL import ImageOps
-
-    image.load()  # before errors count as those of its EXIF
-    try:
-        return ImageOps.exif_transpose(image)
-    except Exception:  # it, too, can fail in any of its parts
-        return image
-
-
-def _converted(image: "PillowImage", mode: str) -> "PillowImage":
-    if image.mode == "P":
-        image = image.convert("RGBA")  # with levels of transparency, Pillow warns of any other way
-    return image if image.mode == mode else image.convert(mode)
-
-
-def _decoded(rows: Sequence[Encoded], mode: str, size: tuple[int, int]) -> Tensor:
-    """All images as (N, C, H, W), uint8; `size` is (W, H), as Pillow has it."""
-    width, height = size
-    pixels = np.empty((len(rows), height, width, len(mode)), np.uint8)  # "L" has one channel, "RGB" has three
-    for number, row in enumerate(rows):
-        with _opened(row) as image:
-            upright = _upright(image)
-            found, stored = upright.size, upright.mode
-            if found == size and stored in EIGHT_BIT_MODES:
-                pixels[number] = np.asarray(_converted(upright, mode)).reshape(height, width, len(mode))
-        if found != size:
-            raise ValueError(f"{row}: has {found[0]}x{found[1]} pixels; the first training image has {width}x{height}")
-        if stored not in EIGHT_BIT_MODES:
-            raise ValueError(f"{row}: has mode {stored}; expected 8 bits per channel: {', '.join(EIGHT_BIT_MODES)}")
-    return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()

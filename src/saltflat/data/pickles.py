@@ -7,6 +7,7 @@ ends the reading there and then. Source: "Restricting Globals" in the documentat
 
 import io
 import pickle
+import pickletools
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,7 @@ def load(data: bytes, source: str) -> Any:
     ValueError: data_batch_1: refused, the pickle names 'builtins.print'; only plain data and arrays of numbers are read
     """
     try:
+        _check_bounded(data)
         return _with_arrays(_Unpickler(data).load())
     except _RefusedError as refused:
         raise ValueError(f"{source}: refused, {refused}; only plain data and arrays of numbers are read") from None
@@ -38,6 +40,25 @@ def load(data: bytes, source: str) -> Any:
 
 class _RefusedError(Exception):
     """The pickle asks for something that data does not need."""
+
+
+def _check_bounded(data: bytes) -> None:
+    """Refuses a small pickle that would take all memory or time. Python's reader makes room for every place up to the
+    highest that is named, so that the writers number them one by one; and tuples within tuples, each twice the one
+    before, take for ever to be hashed, so that none may be taken twice.
+    """
+    places, tuples, last = 0, set[int](), ""
+    for opcode, argument, _ in pickletools.genops(data):
+        name = opcode.name
+        if name in ("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"):
+            place = places if name == "MEMOIZE" else int(argument)
+            if place > places + 1:
+                raise _RefusedError(f"the pickle numbers its parts up to {place}")
+            places = max(places, place + 1)
+            (tuples.add if "TUPLE" in last else tuples.discard)(place)
+        elif name == "DUP" or (name in ("GET", "BINGET", "LONG_BINGET") and int(argument) in tuples):
+            raise _RefusedError("the pickle holds a tuple more than once")
+        last = name
 
 
 class _Unpickler(pickle.Unpickler):
@@ -110,7 +131,7 @@ class _Encode:
 
     def __call__(self, text: str, encoding: str) -> bytes:
         if encoding != "latin1":
-            raise _RefusedError(f"the pickle encodes text as {encoding!r}")
+            raise _RefusedError("the pickle encodes text in another way than latin1")
         return text.encode("latin1")
 
 
@@ -125,7 +146,9 @@ _STAND_INS: dict[tuple[str, str], Any] = {
 }
 
 
-def _text(value: str | bytes) -> str:
+def _text(value: object) -> str:
+    if not isinstance(value, str | bytes):
+        raise _RefusedError("the pickle has other things in the place of a name")
     return value.decode("ascii") if isinstance(value, bytes) else value
 
 

@@ -23,7 +23,7 @@ import torch
 from numpy.typing import NDArray
 
 from saltflat.data.image_arrays import AT_A_TIME
-from saltflat.data.images import Images, Splits
+from saltflat.data.images import Images, Splits, check_fits
 
 PIECE = 2**18  # bytes decompressed at once
 HEADER = 128  # bytes; the last four are version and byte order
@@ -103,7 +103,7 @@ def _variables(data: memoryview) -> dict[str, NDArray[Any]]:
     found = {}
     for kind, content in _elements(data[HEADER:], order):
         if kind == COMPRESSED:
-            ((kind, content),) = _elements(memoryview(_decompressed(content)), order)
+            ((kind, content),) = _elements(memoryview(_decompressed(content, order)), order)
         if kind != MATRIX:
             raise ValueError(f"it holds an element of type {kind}")
         flags, dimensions, name, values = islice(_elements(content, order), 4)
@@ -114,13 +114,22 @@ def _variables(data: memoryview) -> dict[str, NDArray[Any]]:
     return found
 
 
-def _decompressed(content: memoryview) -> bytearray:
+def _decompressed(content: memoryview, order: str) -> bytearray:
     stream, data = zlib.decompressobj(), bytearray()
     for start in range(0, len(content), PIECE):
         data += stream.decompress(content[start : start + PIECE])
+        if len(data) > (most := _whole(data, order)):
+            raise ValueError("a compressed element holds more than it says")
+        check_fits(most, "a compressed element")
         if stream.eof:  # its checksum was right
             return data
     raise ValueError("it ends within a compressed element")
+
+
+def _whole(data: bytearray, order: str) -> int:
+    """Bytes of an element, by its first eight; those are the least."""
+    kind, size = struct.unpack_from(f"{order}II", data) if len(data) >= 8 else (1 << 16, 0)
+    return 8 if kind >> 16 else 8 + size + -size % 8
 
 
 def _elements(data: memoryview, order: str) -> Iterator[tuple[int, memoryview]]:

@@ -64,6 +64,7 @@ def outcomes(
     inner: Inner = cross_entropy,
     batch_size: int = 256,
     seed: int = 0,
+    rows: Tensor | None = None,
 ) -> Outcomes:
     """Attack every example and look at the answers.
 
@@ -74,13 +75,15 @@ def outcomes(
         inner: (model, x, y) -> f, what the attack maximises.
         batch_size: examples at a time; it does not change what is drawn.
         seed: of the attack's starts.
+        rows: (k,) int64, which examples, in which order; None for all. What is drawn for one is drawn whoever is asked
+            for beside it.
 
     >>> from saltflat.data import Images
     >>> data = Images(torch.zeros(4, 1, 2, 2, dtype=torch.uint8), torch.tensor([0, 1, 0, 1]), 2, "nothing to see")
     >>> outcomes(nn.Sequential(nn.Flatten(), nn.Linear(4, 2)), data, None).accuracy
     0.5
     """
-    return collect(outcomes_by_batch(model, data, attack, inner=inner, batch_size=batch_size, seed=seed))
+    return collect(outcomes_by_batch(model, data, attack, inner=inner, batch_size=batch_size, seed=seed, rows=rows))
 
 
 def outcomes_by_batch(
@@ -91,13 +94,14 @@ def outcomes_by_batch(
     inner: Inner = cross_entropy,
     batch_size: int = 256,
     seed: int = 0,
+    rows: Tensor | None = None,
 ) -> Iterator[Outcomes]:
     """`outcomes`, a batch at a time, for whoever shows progress."""
     parameter = next(model.parameters())
-    for rows in torch.split(torch.arange(len(data)), batch_size):
-        x = to_float(data.images[rows].to(parameter.device), parameter.dtype)
-        y = data.labels[rows].to(parameter.device)
-        x_adv = attacked(model, x, y, attack, inner=inner, seed=seed, ids=rows)
+    for ids in torch.split(torch.arange(len(data)) if rows is None else rows, batch_size):
+        x = to_float(data.images[ids].to(parameter.device), parameter.dtype)
+        y = data.labels[ids].to(parameter.device)
+        x_adv = attacked(model, x, y, attack, inner=inner, seed=seed, ids=ids)
         yield answers(model, x_adv, y)
 
 

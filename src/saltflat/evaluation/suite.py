@@ -22,11 +22,13 @@ import math
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from saltflat import parallel
 from saltflat.balls import L1, InputBall
 from saltflat.data.images import to_float
 from saltflat.evaluation.apgd import APGD, TargetedAPGD
@@ -43,6 +45,8 @@ from saltflat.objectives import ce, margin
 from saltflat.random import PerExample, derived_seed
 from saltflat.step import in_mode
 
+T = TypeVar("T")
+R = TypeVar("R")
 TARGETS = 9  # wrong classes that AutoAttack's targeted attacks try
 SURVIVED = -1  # in `Verdicts.by`
 NATURALLY = 0
@@ -208,7 +212,7 @@ class Verdicts:
 
 @dataclass(frozen=True)
 class Done:
-    """A batch is decided. `evaluate` yields one after each, and takes the last one to go on from.
+    """A batch is decided, or one of every rank. `evaluate` yields one after each, and takes the last one to go on from.
 
     Attributes:
         verdicts: by column's name, those of all batches so far; the same tensors in every `Done` of one evaluation.
@@ -239,6 +243,7 @@ def evaluate(
     dtype: torch.dtype | None = None,
     padded: bool = False,
     after: Done | None = None,
+    shared: bool = False,
 ) -> Iterator[Done]:
     """Attack every example by every column, a batch at a time.
 
@@ -255,8 +260,12 @@ def evaluate(
         padded: all forwards have `batch_size` rows, so that outcomes are equal to the bit in whatever order and company
             an example comes.
         after: go on after this batch; its verdicts are written on.
+        shared: all ranks (`saltflat.parallel`) ask for the same, and take a batch each at a time. Batches are cut as
+            one process cuts them, survivors of all ranks into full ones before every attack, so that outcomes are one
+            process's to the bit, and an evaluation can go on with another number of ranks. Fewer batches than ranks
+            leave ranks idle.
 
-    Yields: `Done` after each batch.
+    Yields: `Done` after each batch; if shared, after one of each rank.
 
     Raises ValueError for columns of one name, for x outside of the box, for shapes that do not fit, for y that are no
     class of the model, and for a dtype in which its logits overflow.
@@ -278,50 +287,65 @@ def evaluate(
     reached = (0, -1, 0) if after is None else (after.column, after.stage, after.batches)
     spent = 0 if after is None else after.spent
 
-    def batch(rows: Tensor) -> tuple[Tensor, Tensor]:
+    width, dealt = (parallel.ranks(), parallel.shared_out) if shared else (1, _one_by_one)
+
+    def turns(rows: Tensor, c: int, k: int) -> Iterator[tuple[int, list[Tensor]]]:
+        """Batches that are not done, as many at a time as are done at once, and the number of the last of them."""
+        parts = torch.split(rows, batch_size)
+        first = sum((c, k, number) <= reached for number in range(1, len(parts) + 1))
+        for number in range(first, len(parts), width):
+            some = list(parts[number : number + width])
+            yield number + len(some), some
+
+    def answered(rows: Tensor) -> Tensor:
         images = prepared(x[rows.to(x.device)], model)
-        return images, y[rows].to(images.device)
+        with torch.no_grad():
+            z = exact(images).cpu()
+            if dtype is not None:
+                _check_range(quick(images), z, dtype)
+        _check_classes(y, z.shape[1])
+        return z
+
+    def tried(stage: Stage, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        images = prepared(x[rows.to(x.device)], model)
+        generator = PerExample(derived_seed(seed, stage.stream), ids[rows].to(images.device))
+        reduced = dtype is not None and not stage.precise
+        found = find(
+            stage.attack,
+            quick if reduced else precise,
+            images,
+            y[rows].to(images.device),
+            exact=exact,
+            slack=SLACK[dtype] if reduced and dtype else 0.0,
+            generator=generator,
+        )
+        return found.fooled.cpu(), found.iteration.cpu(), found.margin.float().cpu()
 
     with in_mode(model, "eval"):
-        for number, rows in enumerate(torch.split(torch.arange(len(y)), batch_size), start=1):
-            if (0, 0, number) <= reached:
-                continue
-            images, _ = batch(rows)
-            with torch.no_grad():
-                z = exact(images).cpu()
-                if dtype is not None:
-                    _check_range(quick(images), z, dtype)
-            _check_classes(y, z.shape[1])
-            _write_clean(verdicts, rows, z, y[rows])
-            spent += len(rows)
-            yield Done(verdicts, 0, 0, number, *_stand(verdicts, columns, 0, 0, spent, len(y) - 1 - int(rows[-1])))
+        for number, some in turns(torch.arange(len(y)), 0, 0):
+            for rows, z in zip(some, dealt(some, answered), strict=True):
+                _write_clean(verdicts, rows, z, y[rows])
+                spent += len(rows)
+            untried = len(y) - 1 - int(some[-1][-1])
+            yield Done(verdicts, 0, 0, number, *_stand(verdicts, columns, 0, 0, spent, untried))
         for c, column in enumerate(columns):
             of = verdicts[column.name]
             for k, stage in enumerate(column.stages, start=1):
                 # also those that it fooled before an interruption, so that batches are cut as they were
                 standing = (of.robust() | (of.by == k)).nonzero()[:, 0]
-                for number, rows in enumerate(torch.split(standing, batch_size), start=1):
-                    if (c, k, number) <= reached:
-                        continue
-                    images, labels = batch(rows)
-                    generator = PerExample(derived_seed(seed, stage.stream), ids[rows].to(images.device))
-                    reduced = dtype is not None and not stage.precise
-                    found = find(
-                        stage.attack,
-                        quick if reduced else precise,
-                        images,
-                        labels,
-                        exact=exact,
-                        slack=SLACK[dtype] if reduced and dtype else 0.0,
-                        generator=generator,
-                    )
-                    fooled = found.fooled.cpu()
-                    of.by[rows[fooled]] = k
-                    of.iteration[rows[fooled]] = found.iteration.cpu()[fooled]
-                    of.margin[rows] = torch.maximum(of.margin[rows], found.margin.float().cpu())
-                    spent += stage.cost * len(rows)
+                for number, some in turns(standing, c, k):
+                    found = dealt(some, partial(tried, stage))
+                    for rows, (fooled, iteration, largest) in zip(some, found, strict=True):
+                        of.by[rows[fooled]] = k
+                        of.iteration[rows[fooled]] = iteration[fooled]
+                        of.margin[rows] = torch.maximum(of.margin[rows], largest)
+                        spent += stage.cost * len(rows)
                     untried = len(standing) - min(number * batch_size, len(standing))
                     yield Done(verdicts, c, k, number, *_stand(verdicts, columns, c, k, spent, untried * stage.cost))
+
+
+def _one_by_one(items: Sequence[T], work: Callable[[T], R]) -> list[R]:
+    return [work(item) for item in items]
 
 
 def prepared(x: Tensor, model: nn.Module) -> Tensor:

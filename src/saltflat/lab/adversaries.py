@@ -13,10 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from saltflat import parallel
 from saltflat.balls import Box, Ellipsoid, Global, Layerwise
 from saltflat.lab.climbing import attack_on
 from saltflat.lab.config import Awp, Train
 from saltflat.lab.precision import resolved, taken_in
+from saltflat.neighbours.accumulated import accumulated_step
 from saltflat.neighbours.adaptive_random_wp import adaptively_drawn, by_coordinate, by_filter
 from saltflat.neighbours.amortised import amortised_step
 from saltflat.neighbours.free import free_step
@@ -27,7 +29,7 @@ from saltflat.neighbours.weighted import all_but_last
 from saltflat.objectives import Objective
 from saltflat.random import Generator
 from saltflat.schedules import constant, from_progress
-from saltflat.step import AttackOn, Climb, Radius, Step, double_perturbation_step
+from saltflat.step import AttackOn, Climb, Radius, Step, double_perturbation_step, itself
 from saltflat.weights import Where, default, perturbed, trained
 
 LAYERS = ("awp", "robust-wp", "kaggle", "fast")  # leave biases and norm layers alone
@@ -49,7 +51,10 @@ def ball(config: Train) -> Callable[[float], Radius | None]:
         "kaggle": Box,
         "fast": Box,
     }
-    return lambda t: of[awp.method](gamma(t)) if gamma(t) > 0 else None
+    made = of[awp.method]
+    if parallel.ranks() > 1 and config.compute.spread == "fsdp" and awp.method != "awp":
+        return lambda t: parallel.Gathered(gamma(t), made(gamma(t))) if gamma(t) > 0 else None
+    return lambda t: made(gamma(t)) if gamma(t) > 0 else None
 
 
 def step(config: Train, memory: dict[str, Tensor]) -> Callable[..., Step]:
@@ -59,8 +64,10 @@ def step(config: Train, memory: dict[str, Tensor]) -> Callable[..., Step]:
 
     @cache
     def climbed_on(precision: str, device: torch.device) -> dict[str, AttackOn]:
+        if parallel.ranks() > 1 and config.compute.spread == "fsdp":
+            return {}  # whose weights are whole within its own forwards alone
         found = attack_on(config, precision, device)
-        return {} if found is None else {"attack_on": found}
+        return {} if found is None and parallel.ranks() == 1 else {"attack_on": parallel.on_raw(found or itself)}
 
     def taken(
         model: nn.Module,
@@ -106,7 +113,18 @@ def _taken(
         "steps": awp.steps,
         "step_size": None if awp.method in ("kaggle", "fast") else awp.step_size or None,
     }
+    if config.optimizer.accumulate > 1:
+        return accumulated_step(
+            model,
+            x,
+            y,
+            micro_batches=config.optimizer.accumulate,
+            attack_mode=attack.mode,
+            step_inside=awp.step_inside,
+            **given,
+        )
     if attack.replays > 0:
+        given.pop("attack_on", None)  # it attacks nothing by itself
         return free_step(model, x, y, replays=attack.replays, memory=memory, **given)
     return double_perturbation_step(
         model,
@@ -140,4 +158,4 @@ def _climb(awp: Awp, memory: dict[str, Tensor], optimizer: torch.optim.Optimizer
         "kaggle": partial(perturbed, step=Layerwise(awp.step_size or 1.0)),
         "fast": partial(along_momentum, optimizer=optimizer, step=Layerwise(awp.step_size or awp.gamma)),
     }
-    return found[awp.method]
+    return parallel.per_rank(found[awp.method]) if awp.per_rank and parallel.ranks() > 1 else found[awp.method]

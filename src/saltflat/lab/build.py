@@ -5,6 +5,7 @@ attacks in `threat`, and those of weight adversaries in `adversaries`.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from saltflat import data as datasets
-from saltflat import models
-from saltflat.data import Images, Splits
+from saltflat import models, parallel
+from saltflat.data import Images, Splits, Stored, shape_of
 from saltflat.inputs import PGD, gaussian, uniform, zero
 from saltflat.lab import adversaries
 from saltflat.lab.config import BadInput, Data, Train
@@ -34,16 +35,23 @@ WEIGHTS = 1  # the stream of random numbers that initial weights come from
 class Sets:
     """What a run trains on, and what it is measured on, by name."""
 
-    train: Images
+    train: Images | Stored
     measured: dict[str, Images]
     test: Images
     extra: Images | None = None
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of every image."""
+        return shape_of(self.train)
 
 
 def device(name: str) -> torch.device:
     """The device of that name; BadInput if this machine has none."""
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and parallel.launched():
+        name = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
     try:
         found = torch.device(name)
         if found.type not in ("cpu", "cuda"):
@@ -55,6 +63,11 @@ def device(name: str) -> torch.device:
     return found
 
 
+def device_type(name: str) -> str:
+    """cpu or cuda, of a device that there may be: what processes talk through."""
+    return device(name).type
+
+
 def workers(name: str) -> int:
     """How many processes work side by side on that device: one a core, or one on a GPU."""
     return 1 if device(name).type == "cuda" else os.cpu_count() or 1
@@ -63,6 +76,8 @@ def workers(name: str) -> int:
 def splits(data: Data) -> Splits:
     """The training and the test set, read whole."""
     path = data.path
+    if data.name == "shards":
+        raise BadInput("data.name: shards are read batch by batch, by a training; expected another here, got 'shards'")
     if data.name == "digits":
         return datasets.digits()
     assert path is not None  # `checked` made sure
@@ -83,26 +98,52 @@ def splits(data: Data) -> Splits:
 
 def sets(config: Train) -> Sets:
     """The training examples, and the fixed sets of the measurements: a training subset, validation, test."""
-    read = splits(config.data)
-    total, held = len(read.train), config.data.validation_examples
+    train, test = stored_splits(config.data) if config.data.stored else _pair(splits(config.data))
+    total, held = len(train), config.data.validation_examples
     if held >= total:
         raise BadInput(f"data.validation_examples: expected fewer than the {total} training examples, got {held}")
     if config.data.examples > total - held:
         left = f"{total - held}, which validation leaves of {total}"
         raise BadInput(f"data.examples: expected at most {left}, got {config.data.examples}")
-    size = min(read.train.images.shape[2:])
+    size = min(shape_of(train)[1:])
     if config.data.augment == "crop-flip" and config.data.padding_mode == "reflect" and config.data.padding >= size:
         raise BadInput(
             f"data.padding: expected fewer pixels than the image's {size} to reflect, got {config.data.padding}"
         )
-    rest, validation = datasets.stratified_split(read.train.labels, held, VALIDATION_SEED)
-    train = _subset(read.train.subset(rest), config.data.examples)
+    rest, validation = datasets.stratified_split(train.labels, held, VALIDATION_SEED)
+    own = _part(train, rest)
+    if 0 < config.data.examples < len(own):
+        own = _part(own, datasets.stratified_subset(own.labels, config.data.examples, VALIDATION_SEED))
     measured = {
-        "train": _subset(train, config.evaluation.examples),
-        "validation": read.train.subset(validation),
-        "test": _subset(read.test, config.evaluation.examples),
+        "train": _subset(own, config.evaluation.examples),
+        "validation": train.subset(validation),
+        "test": _subset(test, config.evaluation.examples),
     }
-    return Sets(train, measured, read.test)
+    return Sets(own, measured, test)
+
+
+def _pair(read: Splits) -> tuple[Images | Stored, Images]:
+    return read.train, read.test
+
+
+def stored_splits(data: Data) -> tuple[Images | Stored, Images]:
+    """The training set where it lies on disk, and the test set read whole."""
+    assert data.path is not None  # `checked` made sure
+    readers: dict[str, Callable[..., Stored]] = {
+        "parquet": datasets.stored_parquet,
+        "folder": datasets.stored_folder,
+        "shards": datasets.stored_shards,
+    }
+    try:
+        train = readers[data.name](data.path)
+        test = readers[data.name](data.path, split="test", like=train)
+        return train, test.subset(torch.arange(len(test)))
+    except (OSError, ValueError) as error:
+        raise BadInput(f"data.path: {' '.join(str(error).split())}") from None
+
+
+def _part(images: Images | Stored, rows: Tensor) -> Images | Stored:
+    return images.part(rows) if isinstance(images, Stored) else images.subset(rows)
 
 
 def with_extra(sets: Sets, config: Train) -> Sets:
@@ -114,8 +155,8 @@ def with_extra(sets: Sets, config: Train) -> Sets:
         if not path.is_dir():
             return replace(sets, extra=datasets.labelled(path, like=own))
         extra = datasets.svhn_extra(path)
-        if (extra.images.shape[1:], extra.num_classes) != (own.images.shape[1:], own.num_classes):
-            shapes = [(*of.images.shape[1:], of.num_classes) for of in (own, extra)]
+        if (shape_of(extra), extra.num_classes) != (shape_of(own), own.num_classes):
+            shapes = [(*shape_of(of), of.num_classes) for of in (own, extra)]
             raise ValueError(
                 f"{extra.name}: expected images and classes as {own.name} has them, {shapes[0]}, got {shapes[1]}"
             )
@@ -124,18 +165,18 @@ def with_extra(sets: Sets, config: Train) -> Sets:
         raise BadInput(f"extra.path: {' '.join(str(error).split())}") from None
 
 
-def _subset(images: Images, examples: int) -> Images:
-    if examples == 0 or examples >= len(images):
+def _subset(images: Images | Stored, examples: int) -> Images:
+    if isinstance(images, Images) and (examples == 0 or examples >= len(images)):
         return images
     return images.subset(datasets.stratified_subset(images.labels, examples, VALIDATION_SEED))
 
 
-def network(config: Train, like: Images) -> nn.Module:
+def network(config: Train, like: Images | Stored) -> nn.Module:
     """The network for such images, on the CPU, with the initial weights of the config's seed.
 
     torch's global generator is left as it was.
     """
-    channels, height, width = like.images.shape[1:]
+    channels, height, width = shape_of(like)
     of = config.model
     pixels: dict[str, Any] = {"mean": of.mean or None, "std": of.std or None}
     if of.mean and len(of.mean) not in (1, channels):
@@ -163,7 +204,7 @@ def network(config: Train, like: Images) -> nn.Module:
 
 
 def optimizer(config: Train, model: nn.Module) -> torch.optim.Optimizer:
-    """SGD over all parameters, in one kernel (torch's fused form); the plan sets its rate."""
+    """SGD over all parameters, in one kernel (torch's fused form, which shards have not); the plan sets its rate."""
     of = config.optimizer
     groups: list[dict[str, Any]] = [{"params": list(model.parameters())}]
     if of.decayed == "weights":
@@ -177,8 +218,14 @@ def optimizer(config: Train, model: nn.Module) -> torch.optim.Optimizer:
         momentum=of.momentum,
         weight_decay=of.weight_decay,
         nesterov=of.nesterov,
-        fused=True,  # on CPUs and GPUs alike; gradients have to lie in memory as weights do, which .backward() sees to
+        # on CPUs and GPUs alike; gradients have to lie in memory as weights do, which .backward() sees to
+        fused=not parallel.is_sharded(model),
     )
+
+
+def parts(model: nn.Module) -> list[nn.Module]:
+    """What is gathered at a time where weights are sharded: the layers of a network, as its Sequential has them."""
+    return [part for part in model.children() if any(True for _ in part.parameters())]
 
 
 def losses(config: Train) -> Objective:
@@ -274,6 +321,7 @@ def plan(config: Train, classes: int) -> Plan:
         average=of.average or None,
         swa_from=of.swa_from or None,
         measure_batch_size=config.evaluation.batch_size,
+        readers=config.data.workers,
         seed=config.seed,
     )
 

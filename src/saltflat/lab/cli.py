@@ -19,7 +19,7 @@ import tyro
 from saltflat import __version__
 from saltflat.lab.commands import making, measuring, studies
 from saltflat.lab.commands.frame import Job, app, study_app
-from saltflat.lab.config import BadInput
+from saltflat.lab.config import BadInput, Interrupted, one_line
 
 KNOWN = (making, measuring, studies)  # a command is known once its file is imported, and in this order
 MARKERS = (tyro.conf.OmitSubcommandPrefixes, tyro.conf.AvoidSubcommands, tyro.conf.CascadeSubcommandArgs)
@@ -72,7 +72,9 @@ def _one_line(box: str) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """What `saltflat` runs. Exit codes: 0 done, 2 bad input, 1 something failed while working, 130 interrupted."""
+    """What `saltflat` runs. Exit codes: 0 done, 2 bad input, 1 something failed while working, 75 told to stop by a
+    signal and ready to go on, 130 interrupted.
+    """
     words = sys.argv[1:] if arguments is None else arguments
     if list(words) == ["--version"]:
         print(f"saltflat {__version__}")
@@ -80,16 +82,25 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         parsed(words)()
     except BadInput as error:
-        print(f"saltflat: {' '.join(str(error).split())}", file=sys.stderr)
+        _complain(error)
         sys.exit(2)
+    except Interrupted:
+        sys.exit(75)  # EX_TEMPFAIL of sysexits.h: try again later
     except BrokenPipeError:  # whoever read the output has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except (FloatingPointError, OSError) as error:
-        print(f"saltflat: {' '.join(str(error).split())}", file=sys.stderr)
+        _complain(error)
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def _complain(error: Exception) -> None:
+    """One line on stderr; of the processes that torchrun starts, by one where all have the same to say."""
+    told_by_others = hasattr(error, "__notes__") or not isinstance(error, OSError)
+    if not told_by_others or os.environ.get("LOCAL_RANK", "0") == "0":
+        print(f"saltflat: {one_line(str(error))}", file=sys.stderr)
 
 
 if __name__ == "__main__":

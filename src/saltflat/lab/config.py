@@ -7,6 +7,7 @@ is plain data: `build` turns it into objects, and nothing below the lab ever see
 from __future__ import annotations
 
 import dataclasses
+import functools
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
@@ -21,7 +22,13 @@ class BadInput(ValueError):
     """What a person gave cannot be used: one line that names field, value and what is allowed."""
 
 
+class Interrupted(Exception):
+    """A signal told to stop, and all that is needed to go on is saved."""
+
+
 STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
+MOST = 10**9  # of anything that is counted: what is beyond is a slip, and would not fit where it goes
+LONGEST = 200_000  # characters of YAML: some thousand checkpoints in a listing; a config has a fiftieth
 
 
 def number(value: object) -> float:
@@ -36,9 +43,39 @@ def number(value: object) -> float:
             return float(numerator) / float(denominator)
         if isinstance(value, str | int | float) and not isinstance(value, bool):
             return float(value)
-    except (ValueError, ZeroDivisionError):
+    except (ValueError, ArithmeticError):
         pass
-    raise ValueError(f"{value!r} is not a number or a fraction such as 8/255")
+    raise ValueError(f"{told(value)} is not a number or a fraction such as 8/255")
+
+
+def whole(value: object) -> object:
+    """What may be a whole number: not True, which YAML makes of `yes`, and Python takes for 1."""
+    if isinstance(value, bool):
+        raise ValueError(f"expected a whole number, got {value!r}")
+    return value
+
+
+def told(value: object) -> str:
+    """A value as messages have it, cut where it is long.
+
+    >>> told("a" * 300)[-4:]
+    'aaa…'
+    """
+    try:
+        words = repr(value)
+    except ValueError:  # Python writes no number of so many digits
+        words = "a number of thousands of digits"
+    return words if len(words) <= 200 else f"{words[:199]}…"
+
+
+def one_line(text: str) -> str:
+    """A message as a line of a terminal, whatever names are in it: nothing moves the cursor or turns the writing.
+
+    >>> one_line("no run: a\\x1b[2J\\nb")
+    'no run: a\\\\x1b[2J b'
+    """
+    words = " ".join(text.split())
+    return "".join(sign if sign.isprintable() else sign.encode("unicode_escape").decode() for sign in words)
 
 
 def shown(value: float) -> str:
@@ -47,7 +84,7 @@ def shown(value: float) -> str:
     >>> shown(8 / 255), shown(0.5)
     ('8/255', '0.5')
     """
-    over = round(value * 255)
+    over = round(value * 255) if 0 < value < 1 else 0
     return f"{over}/255" if 0 < over < 255 and value == over / 255 and f"{value:g}" != f"{value!r}" else f"{value:g}"
 
 
@@ -62,16 +99,19 @@ Number = Annotated[float, _SPEC, BeforeValidator(number)]
 Positive = Annotated[Number, Field(gt=0)]
 NotNegative = Annotated[Number, Field(ge=0)]
 Share = Annotated[Number, Field(ge=0, le=1)]
-Count = Annotated[int, Field(ge=1)]
-CountOrZero = Annotated[int, Field(ge=0)]
+Whole = Annotated[int, BeforeValidator(whole)]
+Count = Annotated[Whole, Field(ge=1, le=MOST)]
+CountOrZero = Annotated[Whole, Field(ge=0, le=MOST)]
 
 
 FETCHED = ("cifar10", "cifar100", "svhn")
-DataName = Literal["digits", "cifar10", "cifar100", "svhn", "parquet", "folder", "tiny-imagenet", "npz"]
+DataName = Literal["digits", "cifar10", "cifar100", "svhn", "parquet", "folder", "tiny-imagenet", "npz", "shards"]
+STORED = ("parquet", "folder", "shards")  # may stay on disk
 Adversary = Literal["awp", "robust-wp", "random-wp", "m-rwp", "arwp", "sam", "asam", "kaggle", "fast"]
 DRAWN = ("random-wp", "m-rwp", "arwp")  # they climb no loss
 STEPPED = ("awp", "robust-wp", "sam", "asam", "kaggle")  # with any number of steps
 AMORTISED = ("awp", "sam", "asam")  # whose one step may go along a gradient that is there anyway
+ACCUMULATED = ("awp", "sam", "asam")  # whose ascent may be summed over parts of a batch
 ALTERNATED = ("awp", "sam", "asam", "kaggle")  # they go on from a v
 
 
@@ -81,9 +121,14 @@ class Data:
 
     name: DataName = "digits"
     """Which data: the bundled digits, an official CIFAR archive, a folder with SVHN's .mat files, a folder of parquet
-    files in hub layout, a folder of image folders by class, Tiny ImageNet's folder, or an npz file of your own."""
+    files in hub layout, a folder of image folders by class, Tiny ImageNet's folder, an npz file of your own, or a
+    folder of WebDataset's tar files, which need stored."""
     path: Path | None = None
     """The archive, the folder it unpacks to, or the folder or file of the others. The digits need none."""
+    stored: bool = False
+    """Training images stay on disk and are read batch by batch (parquet, folder, shards); else all are in memory."""
+    workers: CountOrZero = 0
+    """Processes that read stored images ahead, in each process of a training; 0 reads them in it."""
     examples: CountOrZero = 0
     """Training examples, a stratified subset; 0 takes all that validation leaves."""
     validation_examples: Count = 200
@@ -220,6 +265,9 @@ class Awp:
     """How much less arwp draws where gradients were large; per squared gradient."""
     beta: Share = 0.99
     """What arwp keeps of them from step to step."""
+    per_rank: bool = False
+    """Each process of torchrun climbs along the gradient of its own rows, without communication; else all along the
+    batch's."""
     shrink: Literal["filter", "coordinate"] = "filter"
     """arwp shrinks noise by filters, as its code does, or by coordinates, as its paper does."""
     offset: NotNegative = 0.01
@@ -233,7 +281,10 @@ class Optimizer:
     epochs: Count = 60
     """Passes over the training set."""
     batch_size: Count = 100
-    """Examples per step."""
+    """Examples per step, of all processes together."""
+    accumulate: Count = 1
+    """Parts that every process takes its rows in, one after the other, for memory; both adversaries and the step are
+    those of the whole batch, but for BatchNorm's statistics."""
     learning_rate: Positive = 0.1
     """Highest learning rate of SGD."""
     schedule: Literal["constant", "piecewise", "cosine", "cyclic"] = "piecewise"
@@ -286,6 +337,12 @@ class Compute:
     lean: bool = True
     """Attacks in eval mode climb on a lean copy of the network on CPUs, BatchNorm folded into convolutions: the same
     numbers but for rounding, in less time. Where compile is set, on the compiled network instead."""
+    spread: Literal["ddp", "fsdp"] = "ddp"
+    """How weights lie on the processes of torchrun: whole on each (DistributedDataParallel), or a shard on each
+    (FSDP2). Batches are shared out among them either way."""
+    sync_batch_norm: bool = False
+    """BatchNorm's statistics are those of the batches of all processes; on GPUs alone. Else each has its own, and the
+    running ones are the first's."""
 
 
 @dataclass(frozen=True)
@@ -295,12 +352,15 @@ class Train:
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
     recipe: Annotated[str, tyro.conf.Suppress] = "custom"
-    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    seed: Annotated[Whole, Field(ge=0, lt=2**31)] = 0
     """Of the initial weights, the order, the augmentation and the attacks."""
     device: str = "auto"
     """auto, cpu, cuda, or cuda:N. Auto takes a GPU if there is one."""
     threads: CountOrZero = 0
     """CPU threads; 0 takes torch's default. Results are bit-equal for equal numbers."""
+    checkpoint_minutes: Annotated[Number, Field(ge=0)] = 15.0
+    """From one checkpoint to go on from to the next, within an epoch; there is one after every epoch, too. 0 has those
+    alone."""
     keep_every: CountOrZero = 0
     """Epochs from one kept checkpoint to the next, epoch-N beside best and last; those before and after each drop of
     the learning rate are kept then, too. 0 keeps none."""
@@ -315,6 +375,11 @@ class Train:
     compute: Compute = field(default_factory=Compute)
 
 
+@functools.cache
+def _validator() -> pydantic.TypeAdapter[Train]:
+    return pydantic.TypeAdapter(Train)
+
+
 def checked(config: Train | dict[str, Any]) -> Train:
     """The config, if every field holds what it may.
 
@@ -327,7 +392,7 @@ def checked(config: Train | dict[str, Any]) -> Train:
     """
     tree = config if isinstance(config, dict) else dataclasses.asdict(config)
     try:
-        found = pydantic.TypeAdapter(Train).validate_python(tree)
+        found = _validator().validate_python(tree)
     except pydantic.ValidationError as error:
         raise refusal(error) from None
     _check_together(found)
@@ -341,8 +406,26 @@ def refusal(error: pydantic.ValidationError) -> BadInput:
     if first["type"] == "too_short":
         return BadInput(f"{place}: expected at least {first['ctx']['min_length']}, got none")
     message = first["msg"].removeprefix("Value error, ")
-    given = "" if repr(first["input"]) in message else f", got {first['input']!r}"
-    return BadInput(f"{place}: {message[0].lower() + message[1:]}{given}".replace("\n", " "))
+    given = "" if told(first["input"]) in message else f", got {told(first['input'])}"
+    return BadInput(one_line(f"{place}: {message[0].lower() + message[1:]}{given}"))
+
+
+def _check_stored(config: Train) -> None:
+    """What images that stay on disk cannot do."""
+    data = config.data
+    if data.stored and data.name not in STORED:
+        raise BadInput(f"data.stored: expected false with data.name {data.name}, which is read whole, got true")
+    if data.name == "shards" and not data.stored:
+        raise BadInput("data.stored: expected true with data.name shards, got false")
+    if data.workers > 0 and not data.stored:
+        raise BadInput(f"data.workers: needs data.stored, expected 0, got {data.workers}")
+    if data.stored and config.evaluation.examples == 0:
+        raise BadInput("evaluation.examples: expected a number > 0 with data.stored: those are read into memory, got 0")
+    if data.stored and config.optimizer.swa_from > 0:
+        raise BadInput(
+            "optimizer.swa_from: expected 0 with data.stored, since statistics are re-estimated on all images, "
+            f"got {config.optimizer.swa_from:g}"
+        )
 
 
 def _check_together(config: Train) -> None:
@@ -356,7 +439,9 @@ def _check_together(config: Train) -> None:
         raise BadInput(f"model.width: {config.model.name} has none, expected 0, got {config.model.width}")
     if config.attack.norm == "Linf" and config.attack.eps > 1:
         raise BadInput(f"attack.eps: pixels lie in [0, 1], expected at most 1 (as in 8/255), got {config.attack.eps:g}")
+    _check_stored(config)
     _check_awp(config.awp)
+    _check_spread(config)
     if config.awp.amortised:
         _check_amortised(config)
     if config.compute.precision == "fp16" and config.awp.method in ("arwp", "robust-wp"):
@@ -434,6 +519,35 @@ def _check_awp(awp: Awp) -> None:
                 raise BadInput(f"awp.{leaf}: belongs to awp.method {of}; expected {usual!r} with {name}, got {value!r}")
 
 
+def _check_spread(config: Train) -> None:
+    """What many processes, or batches in parts, cannot do."""
+    awp, of = config.awp, config.optimizer
+    if awp.per_rank and (awp.gamma == 0 or awp.method in DRAWN or awp.amortised):
+        raise BadInput("awp.per_rank: expected false without a weight adversary that climbs by itself, got true")
+    if awp.per_rank and awp.step_inside:
+        raise BadInput("awp.per_rank: expected false with awp.step_inside, or weights would drift apart, got true")
+    if awp.per_rank and config.compute.spread == "fsdp":
+        raise BadInput(
+            "awp.per_rank: expected false with compute.spread fsdp, where no process has a gradient, got true"
+        )
+    if config.compute.spread == "fsdp" and of.average > 0:
+        raise BadInput(f"optimizer.average: expected 0 with compute.spread fsdp, got {of.average:g}")
+    if config.compute.spread == "fsdp" and config.compute.sync_batch_norm:
+        raise BadInput("compute.sync_batch_norm: expected false with compute.spread fsdp, got true")
+    if config.compute.spread == "fsdp" and awp.method == "arwp":
+        raise BadInput("compute.spread: arwp remembers gradients, which nobody has whole; expected ddp, got 'fsdp'")
+    for name, holds in (
+        ("awp.method " + awp.method, awp.method not in ACCUMULATED),
+        ("awp.share", awp.share < 1),
+        ("awp.alternations", awp.alternations > 1),
+        ("awp.amortised", awp.amortised),
+        ("awp.per_rank", awp.per_rank),
+        ("attack.replays", config.attack.replays > 0),
+    ):
+        if of.accumulate > 1 and holds:
+            raise BadInput(f"optimizer.accumulate: expected 1 with {name}, got {of.accumulate}")
+
+
 def _check_amortised(config: Train) -> None:
     """What the attack's last backward pass cannot give."""
     awp = config.awp
@@ -507,12 +621,47 @@ def as_text(config: Train) -> str:
     return yaml.safe_dump(plain(dataclasses.asdict(config)), sort_keys=False, allow_unicode=True)
 
 
+class _Plain(yaml.SafeLoader):
+    """Plain values, each where it stands and once: aliases, which can unfold without end, and names that stand twice in
+    one mapping are errors, as are tags that ask for objects."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            event = self.peek_event()
+            raise yaml.composer.ComposerError(None, None, f"an alias, {event.anchor!r}, is not read", event.start_mark)
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+        names: set[tuple[str, str]] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if (key.tag, key.value) in names:
+                    raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} stands twice", key.start_mark)
+                names.add((key.tag, key.value))
+        return super().construct_mapping(node, deep)
+
+
+def read_yaml(text: str, of: str) -> Any:
+    """The plain values that the YAML says. `of` names them in messages.
+
+    Raises: BadInput, in one line, for anything else: what is no YAML, or longer than any that people write, asks for
+    objects, holds aliases, or says one thing twice.
+
+    >>> read_yaml("awp: {gamma: 0.01}", "config")
+    {'awp': {'gamma': 0.01}}
+    """
+    if len(text) > LONGEST:
+        raise BadInput(f"{of}: expected at most {LONGEST:,} characters of YAML, got {len(text):,}")
+    try:
+        return _Plain(text).get_single_data()
+    except Exception as error:  # a tag can put any text before any of its readers
+        words = one_line(str(error)) if isinstance(error, yaml.YAMLError) else type(error).__name__
+        raise BadInput(f"{of}: not YAML of plain values: {words}") from None
+
+
 def from_text(text: str) -> Train:
     """A config out of YAML; raises BadInput."""
-    try:
-        tree = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise BadInput(f"config: not YAML: {' '.join(str(error).split())}") from None
+    tree = read_yaml(text, "config")
     if not isinstance(tree, dict):
         raise BadInput(f"config: expected fields and values, got {type(tree).__name__}")
     return checked(tree)

@@ -1,5 +1,6 @@
 """What a person sees while a job runs: lines, a bar with an ETA, and where the page is. Does not import torch."""
 
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,7 +11,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from saltflat.lab.config import BadInput
 from saltflat.lab.record import check_folder
 
-CONSOLE = Console(highlight=False, markup=False, emoji=False)  # paths may hold brackets and colons
+FIRST = os.environ.get("RANK", "0") == "0"  # of the processes that torchrun starts, the one that speaks
+CONSOLE = Console(highlight=False, markup=False, emoji=False, quiet=not FIRST)  # paths may hold brackets and colons
 
 
 def say(line: str) -> None:
@@ -39,7 +41,7 @@ def report(runs: Sequence[Path], out: Path | None) -> Path:
     """One page about the runs; returns where it is."""
     from saltflat.lab.report import write_report  # matplotlib takes a while
 
-    runs = [run for run in runs if not run.is_file()]  # `runs/*` catches the page of an earlier time
+    runs = [run for run in runs if not run.is_file() and run.name != "logs"]  # `runs/*` catches pages and logs
     if not runs:
         raise BadInput("runs: expected at least one run folder, got none")
     path = page_of(runs, out)

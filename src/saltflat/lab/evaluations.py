@@ -2,6 +2,9 @@
 
 outcomes/NAME.part           verdicts so far, after every batch; what a killed evaluation goes on from
 outcomes/NAME.npz  NAME.json verdicts of all examples; accuracies, checks and settings, written last
+
+Processes that torchrun started take batches in turn, and the first of them writes. What becomes of an example, and what
+is written, is what one process finds, to the bit, and any number of them goes on from what any other number left.
 """
 
 from __future__ import annotations
@@ -9,6 +12,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +20,11 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
+from saltflat import parallel
 from saltflat.evaluation import checks, interval
 from saltflat.evaluation.checks import Flag
 from saltflat.evaluation.suite import Column, Done, Verdicts, evaluate, prepared
-from saltflat.lab import record, verdicts_file
+from saltflat.lab import once, record, verdicts_file
 from saltflat.lab.config import BadInput
 from saltflat.lab.console import CONSOLE, progress, say
 from saltflat.lab.precision import exact
@@ -62,25 +67,37 @@ def evaluation(of: Subject, names: Sequence[str], split: str, examples: int, how
     }
     wanted = {found.column.name: found.words for found in described}
     path = place(of, "outcomes", split, {**asked, "attacks": wanted})
-    if path.is_file():
-        verdicts_file.read(path.with_suffix(".npz"), list(wanted), y)
-        say(f"already there: {path}")
-        return record.read_again(path)
-    flags = _before(of, x, y)
-    done, seconds = _attacked(of, described, x, y, rows, how, path.with_suffix(".part"))
-    flags += _after(of, described, done, x, y, how)
-    verdicts_file.write(path.with_suffix(".npz"), verdicts_file.Kept(done, seconds), y, rows)
-    summary = {
-        **asked,
-        "threat": asdict(of.threat),
-        "attacks": [_row(found, done.verdicts[found.column.name]) for found in described],
-        "flags": [asdict(flag) for flag in flags],
-        "seconds": round(seconds, 1),
-        "environment": record.environment(*_machine(of)),
-    }
-    record.write_json(path, summary)
-    path.with_suffix(".part").unlink(missing_ok=True)
-    return {**summary, "outcomes": str(path.with_suffix(".npz"))}
+    there = parallel.first(lambda: _already(path, list(wanted), y))
+    if there is not None:
+        return there
+    with once.alone(path.with_suffix(".lock")):
+        flags = parallel.first(lambda: _before(of, x, y))
+        done, seconds = _attacked(of, described, x, y, rows, how, path.with_suffix(".part"))
+
+        def written() -> dict[str, Any]:
+            doubts = flags + _after(of, described, done, x, y, how)
+            verdicts_file.write(path.with_suffix(".npz"), verdicts_file.Kept(done, seconds), y, rows)
+            summary = {
+                **asked,
+                "threat": asdict(of.threat),
+                "attacks": [_row(found, done.verdicts[found.column.name]) for found in described],
+                "flags": [asdict(flag) for flag in doubts],
+                "seconds": round(seconds, 1),
+                "environment": record.environment(*_machine(of)),
+            }
+            record.write_json(path, summary)
+            path.with_suffix(".part").unlink(missing_ok=True)
+            return {**summary, "outcomes": str(path.with_suffix(".npz"))}
+
+        return parallel.first(written)
+
+
+def _already(path: Path, wanted: Sequence[str], y: Tensor) -> dict[str, Any] | None:
+    if not path.is_file():
+        return None
+    verdicts_file.read(path.with_suffix(".npz"), wanted, y)
+    say(f"already there: {path}")
+    return record.read_again(path)
 
 
 def _attacked(
@@ -88,7 +105,8 @@ def _attacked(
 ) -> tuple[Done, float]:
     """All verdicts, and how many seconds they took, those before an interruption among them."""
     wanted = [found.column for found in described]
-    kept = verdicts_file.read(part, [column.name for column in wanted], y) if part.is_file() else None
+    names = [column.name for column in wanted]
+    kept = parallel.first(lambda: verdicts_file.read(part, names, y) if part.is_file() else None)
     if kept is not None:
         say(f"goes on after {kept.seconds:.0f} s of work: {part}")
     began = time.perf_counter() - (0.0 if kept is None else kept.seconds)
@@ -104,13 +122,14 @@ def _attacked(
         dtype=PRECISIONS[how.precision],
         padded=how.padded,
         after=done,
+        shared=True,
     )
     try:
         with progress() as bar:
             task = bar.add_task("evaluation", total=None)
             for done in batches:
                 seconds = time.perf_counter() - began
-                verdicts_file.write(part, verdicts_file.Kept(done, seconds), y, rows)
+                parallel.first(partial(verdicts_file.write, part, verdicts_file.Kept(done, seconds), y, rows))
                 bar.update(task, completed=done.spent, total=done.spent + done.left, description=_where(wanted, done))
                 here = _attack(wanted, done)
                 if named is not None and named[0] != here:

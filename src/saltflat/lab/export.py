@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 import importlib.metadata
+import json
 import math
 import shutil
 from collections.abc import Mapping, Sequence
@@ -25,7 +26,7 @@ from torch import Tensor, nn
 
 from saltflat.lab.checkpoints import save_weights
 from saltflat.lab.config import BadInput, shown
-from saltflat.lab.record import replacing, write_json, write_text
+from saltflat.lab.record import replacing, write_text
 from saltflat.models import published
 
 DATASETS = ("cifar10", "cifar100", "imagenet")
@@ -225,7 +226,7 @@ def hub_folder(
         shutil.rmtree(growing, ignore_errors=True)  # of one that was killed right here
         growing.mkdir(parents=True)
         save_weights(growing / "model.safetensors", model)
-        write_json(growing / "config.json", dict(config))
+        write_text(growing / "config.json", json.dumps(dict(config), indent=1) + "\n")  # others' fields, without a seal
         _check_comes_back(growing / "model.safetensors", model, x, config)
         write_text(growing / "README.md", card)
         for path in outcomes:

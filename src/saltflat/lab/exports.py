@@ -6,6 +6,7 @@ model_info.json                                         a RobustBench entry, if 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,7 +64,7 @@ def export_run(
     if isinstance(info, str):
         say(f"no RobustBench entry: {info}")
     else:
-        record.write_json(out / "model_info.json", info)
+        record.write_text(out / "model_info.json", json.dumps(info, indent=1) + "\n")
         say(f"RobustBench entry: {out / 'model_info.json'}")
 
 

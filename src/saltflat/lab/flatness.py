@@ -2,25 +2,30 @@
 
 flatness/NAME.part   measures that are done; what goes on after a kill
 flatness/NAME.json   all of them, and the settings that they share, written last
+
+Processes that torchrun started share out the work, and the first of them writes; any number of them goes on from what
+any other number left.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, fields
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 
+from saltflat import parallel
 from saltflat.evaluation.suite import prepared
-from saltflat.lab import record
+from saltflat.lab import once, record
 from saltflat.lab.config import BadInput
 from saltflat.lab.console import CONSOLE, progress, say
-from saltflat.lab.measures import DEFINITIONS, MEASURES, Found, How, Shown, Spectrum
+from saltflat.lab.measures import DEFINITIONS, INSIDE, LONGEST, MEASURES, Found, How, Shown, Spectrum
 from saltflat.lab.precision import exact
 from saltflat.lab.subjects import Subject, place, up_to
 
@@ -46,32 +51,53 @@ def flatness(of: Subject, names: Sequence[str], how: How) -> dict[str, Any]:
         },
     }
     path = place(of, "flatness", how.split, {**asked, "measures": list(names)})
-    if path.is_file():
-        return _read_whole(path)
-    with record.alone(path.with_suffix(".lock")):
+    if there := parallel.first(lambda: _read_whole(path) if path.is_file() else None):
+        return there
+    with once.alone(path.with_suffix(".lock")):
         return _measured(of, shown, names, asked, path)
 
 
 def _measured(of: Subject, shown: Shown, names: Sequence[str], asked: dict[str, Any], path: Path) -> dict[str, Any]:
     part = path.with_suffix(".part")
-    done = _read(part, names) if part.is_file() else {}
+    done: dict[str, list[dict[str, Any]]] = parallel.first(lambda: _read(part, names) if part.is_file() else {})
     if done:
         say(f"goes on after {', '.join(done)}: {part}")
     with progress() as bar:
-        task = bar.add_task("flatness", total=len(names))
-        for name in names:
-            if name not in done:
-                bar.update(task, description=f"{name} of {of.folder.absolute().name}")
-                began = time.perf_counter()
-                found = MEASURES[name](shown)
-                seconds = round(time.perf_counter() - began, 2)
-                done[name] = [_row(each) | {"seconds": seconds} for each in found]
-                record.write_json(part, {"done": done})
-            bar.advance(task)
-    summary = {**asked, "measures": [row for name in names for row in done[name]]}
-    record.write_json(path, summary)
-    part.unlink(missing_ok=True)
-    return summary
+        task = bar.add_task("flatness", total=len(names), completed=len(done))
+        for some in _turns([name for name in names if name not in done]):
+            bar.update(task, description=f"{', '.join(some)} of {of.folder.absolute().name}")
+            work = partial(_rows, shown)
+            rows = list(map(work, some)) if some[0] in INSIDE else parallel.shared_out(some, work)
+            done |= dict(zip(some, rows, strict=True))
+            parallel.first(partial(record.write_json, part, {"done": done}))
+            bar.advance(task, len(some))
+
+    def written() -> dict[str, Any]:
+        summary = {**asked, "measures": [row for name in names for row in done[name]]}
+        record.write_json(path, summary)
+        part.unlink(missing_ok=True)
+        return summary
+
+    return parallel.first(written)
+
+
+def _turns(names: Sequence[str]) -> Iterator[Sequence[str]]:
+    """What is measured at once: one measure that is shared inside, or one of each process."""
+    width = parallel.ranks()
+    if width == 1:
+        yield from ([name] for name in names)
+        return
+    apart = [name for name in names if name not in INSIDE]
+    apart.sort(key=lambda name: LONGEST.index(name) if name in LONGEST else len(LONGEST))  # nobody waits long
+    yield from (apart[i : i + width] for i in range(0, len(apart), width))
+    yield from ([name] for name in names if name in INSIDE)
+
+
+def _rows(shown: Shown, name: str) -> list[dict[str, Any]]:
+    began = time.perf_counter()
+    found = MEASURES[name](shown)
+    seconds = round(time.perf_counter() - began, 2)
+    return [_row(each) | {"seconds": seconds} for each in found]
 
 
 def check(names: Sequence[str]) -> None:

@@ -8,7 +8,8 @@ Training logs are no substitute: those of AWP hold train accuracy at w + v, in t
 
 gaps/NAME.json   both sides, their difference, and how much a longer attack would change
 
-Errors are standard errors over examples, as if those of training were a sample, too.
+Errors are standard errors over examples, as if those of training were a sample, too. Processes that torchrun started
+take batches in turn, and find what one finds, to the bit.
 """
 
 from __future__ import annotations
@@ -21,9 +22,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from saltflat import parallel
 from saltflat.evaluation import Outcomes, answers, attacked, collect
 from saltflat.evaluation.suite import prepared
-from saltflat.lab import record
+from saltflat.lab import once, record
 from saltflat.lab.precision import exact
 from saltflat.lab.subjects import Subject, place, up_to
 
@@ -65,9 +67,9 @@ def robust_gap(of: Subject, how: How) -> dict[str, Any]:
         },
     }
     path = place(of, "gaps", "both", asked)
-    if path.is_file():
-        return record.read_again(path, ("n", "settings", "train", "test", "gap", "longer"))
-    with record.alone(path.with_suffix(".lock")):
+    if there := once.already(path, ("n", "settings", "train", "test", "gap", "longer")):
+        return there
+    with once.alone(path.with_suffix(".lock")):
         return _found(of, asked, parts, how, path)
 
 
@@ -88,7 +90,7 @@ def _found(
         "longer": _longer(of, *parts["test"], how),
     }
     found = {name: _plain(value) for name, value in found.items()}
-    record.write_json(path, found)
+    parallel.first(lambda: record.write_json(path, found))
     return found
 
 
@@ -120,10 +122,12 @@ def _measured(of: Subject, x: Tensor, y: Tensor, how: How) -> dict[str, float]:
 
 def _outcomes(of: Subject, x: Tensor, y: Tensor, steps: int, how: How) -> Outcomes:
     attack = of.threat.pgd(steps) if steps else None
-    return collect(
-        answers(of.model, attacked(of.model, x[rows], y[rows], attack, seed=how.seed, ids=rows), y[rows])
-        for rows in torch.split(torch.arange(len(x)), how.batch_size)
-    )
+
+    def answered(rows: Tensor) -> Outcomes:
+        x_adv = attacked(of.model, x[rows], y[rows], attack, seed=how.seed, ids=rows)
+        return answers(of.model, x_adv, y[rows])
+
+    return collect(parallel.shared_out(torch.split(torch.arange(len(x)), how.batch_size), answered))
 
 
 def _longer(of: Subject, x: Tensor, y: Tensor, how: How) -> dict[str, float]:

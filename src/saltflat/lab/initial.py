@@ -11,7 +11,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from saltflat.data import Images
-from saltflat.lab import build, record
+from saltflat.lab import build, checkpoints, record
 from saltflat.lab.config import BadInput, Train
 from saltflat.models import published
 from saltflat.models.state_dicts import read_state
@@ -26,6 +26,8 @@ def begun(config: Train, like: Images) -> nn.Module:
     head = {name: tensor for name, tensor in model.state_dict().items() if name.startswith(f"{last}.")}
     try:
         read = {name: _fitting(name, tensor, head) for name, tensor in read_state(path).items()}
+        if path.suffix == ".safetensors":
+            checkpoints.whole_weights(path)  # ours are as they were written
         weights, inside = published.fitted(read, model)
         if bad := [name for name, tensor in weights.items() if not tensor.isfinite().all()]:
             raise ValueError(f"{path}: expected finite weights, got {bad[0]!r} with others")

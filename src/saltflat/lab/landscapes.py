@@ -18,11 +18,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from saltflat import parallel
 from saltflat.balls import Filterwise, Layerwise, WeightBall, Weights
 from saltflat.evaluation import answers, attacked, collect
 from saltflat.evaluation.suite import prepared
 from saltflat.inputs import PGD
-from saltflat.lab import record
+from saltflat.lab import once, record
 from saltflat.lab.config import BadInput
 from saltflat.lab.points import Arrays, Group, measured
 from saltflat.lab.precision import exact
@@ -90,8 +91,8 @@ def line(of: Subject, alphas: Sequence[float], directions: int, how: How) -> dic
     shown = _shown(of, how)
     asked = _asked(shown, {"kind": "line", "alphas": list(alphas)})
     path = place(of, "landscapes", how.split, {**asked, "directions": directions})
-    if path.is_file():
-        return record.read_again(path, ("kind", "alphas", "curves", "gaps"))
+    if there := once.already(path, ("kind", "alphas", "curves", "gaps")):
+        return there
     seeds = range(how.seed, how.seed + directions)
     points = [(seed, (alpha,)) for seed in seeds for alpha in alphas]
     groups = [Group(partial(_directions, shown, how.direction, seed), [(alpha,) for alpha in alphas]) for seed in seeds]
@@ -115,8 +116,8 @@ def plane(of: Subject, alphas: Sequence[float], betas: Sequence[float], how: How
     asked = _asked(shown, {"kind": "plane", "alphas": list(alphas), "betas": list(betas)})
     asked["settings"]["direction"] = f"{WORDS[how.direction]} (α), and {WORDS['random']} (β)"
     path = place(of, "landscapes", how.split, asked)
-    if path.is_file():
-        return record.read_again(path, ("kind", "alphas", "betas", "robust_loss"))
+    if there := once.already(path, ("kind", "alphas", "betas", "robust_loss")):
+        return there
     points = [(how.seed, (alpha, beta)) for alpha in alphas for beta in betas]
     directions = [_direction(shown, how.direction, how.seed), _direction(shown, "random", how.seed + 1)]
     arrays = _measured(shown, [Group(lambda: directions, [place for _, place in points], len(betas))], path)
@@ -165,7 +166,7 @@ def _shown(of: Subject, how: How) -> Shown:
     x, y, _ = up_to(of, how.split, how.examples)
     x = prepared(x, of.model)
     shown = Shown(of, x, y.to(x.device), of.threat.pgd(how.steps), how)
-    _check_steady(shown)
+    parallel.first(lambda: _check_steady(shown))
     return shown
 
 
@@ -204,7 +205,7 @@ def _asked(shown: Shown, grid: Mapping[str, Any]) -> dict[str, Any]:
 def _measured(shown: Shown, groups: Sequence[Group], path: Path) -> Arrays:
     label = f"landscape of {shown.of.folder.absolute().name}"
     measure, to = _measure(shown), path.with_suffix(".npz")
-    with record.alone(path.with_suffix(".lock")):
+    with once.alone(path.with_suffix(".lock")):
         return measured(shown.of.model, groups, measure, examples=len(shown.x), path=to, label=label)
 
 
@@ -212,8 +213,13 @@ def _direction(shown: Shown, kind: Direction, seed: int) -> dict[str, Tensor]:
     how, model = shown.how, shown.of.model
     if kind == "random":
         return random_direction(model, seed, ball=BALLS[how.normalisation])
-    losses = afresh(model, shown.x, shown.y, shown.attack, batch_size=how.batch_size, seed=seed)
-    return adversarial_direction(model, losses, ball=BALLS[how.normalisation])
+
+    def steepest() -> dict[str, Tensor]:
+        losses = afresh(model, shown.x, shown.y, shown.attack, batch_size=how.batch_size, seed=seed)
+        found = adversarial_direction(model, losses, ball=BALLS[how.normalisation])
+        return {name: d.cpu() for name, d in found.items()}
+
+    return {name: d.to(shown.x.device) for name, d in parallel.first(steepest).items()}
 
 
 def _directions(shown: Shown, kind: Direction, seed: int) -> list[Weights]:
@@ -232,7 +238,8 @@ def _measure(shown: Shown) -> Callable[[], Arrays]:
     def attack(x: Tensor, y: Tensor, rows: Tensor) -> Tensor:
         return attacked(model, x, y, shown.attack, seed=how.seed, ids=rows)
 
-    kept = [attack(*batch) for batch in shown.batches()] if how.frozen else []
+    made = parallel.shared_out(list(shown.batches()), lambda batch: attack(*batch).cpu()) if how.frozen else []
+    kept = [x_adv.to(shown.x.device) for x_adv in made]
     losses = _own_losses(shown)
 
     def measure() -> Arrays:
@@ -260,8 +267,11 @@ def _own_losses(shown: Shown) -> list[Closure]:
 
 
 def _written(path: Path, found: dict[str, Any]) -> dict[str, Any]:
-    record.write_json(path, found)
-    path.with_suffix(".part").unlink(missing_ok=True)
+    def write() -> None:
+        record.write_json(path, found)
+        path.with_suffix(".part").unlink(missing_ok=True)
+
+    parallel.first(write)
     return found
 
 

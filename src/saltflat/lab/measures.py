@@ -2,6 +2,9 @@
 
 The mathematics is in `saltflat.landscape`; here are the numbers that people compare, chosen once. All are of the robust
 loss at w, in eval mode; "attacked afresh" means at every perturbed model.
+
+Processes that torchrun started share out what is in `INSIDE`, batches of worst cases and points of slices; each other
+measure is one process's, beside others of other processes. What is found is what one process finds, to the bit.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor, nn
 
+from saltflat import parallel
 from saltflat.balls import Box, Ellipsoid, Layerwise, WeightBall, Weights
 from saltflat.evaluation import attacked
 from saltflat.inputs import PGD
@@ -169,19 +173,8 @@ def _adaptive_average(shown: Shown) -> list[Found]:
 def _worst(shown: Shown) -> list[Found]:
     gamma = shown.how.gamma
     words = f"‖v_l‖ ≤ {gamma:g} ‖w_l‖"
-    alternating = _by_batch(shown, Layerwise(gamma), shown.afresh())
-    joint = [
-        worst_case(
-            shown.model,
-            [loss],
-            Layerwise(gamma),
-            steps=shown.how.climbs,
-            restarts=shown.how.restarts,
-            seed=shown.how.seed,
-            climbed=partial(_one_of, shown.continued, number),
-        )
-        for number, loss in enumerate(shown.afresh())
-    ]
+    alternating = _by_batch(shown, Layerwise(gamma))
+    joint = _by_batch(shown, Layerwise(gamma), shown.continued)
     return [
         _highest("worst case, alternating", alternating, shown, f"{words}, attacked afresh before each step"),
         _highest("worst case, joint", joint, shown, f"{words}, one step of the attack with each step in w"),
@@ -194,7 +187,7 @@ def _one_of(losses: Callable[[], Losses], number: int) -> Losses:
 
 def _adaptive(shown: Shown) -> list[Found]:
     l2, linf = shown.how.rho_l2, shown.how.rho_linf
-    in_l2, in_linf = (_by_batch(shown, ball, shown.afresh()) for ball in (Ellipsoid(l2), Box(linf)))
+    in_l2, in_linf = (_by_batch(shown, ball) for ball in (Ellipsoid(l2), Box(linf)))
     made = "attacked afresh before each step"
     return [
         _highest("adaptive sharpness, L2", in_l2, shown, f"‖v/|w|‖₂ ≤ {l2:g}, {made}"),
@@ -241,10 +234,7 @@ def _slices(shown: Shown) -> list[Found]:
     reach, points, threshold = how.reach, how.points, how.width
     alphas, losses = np.linspace(-reach, reach, points), shown.afresh()
     directions = range(how.seed, how.seed + how.directions)
-    curves = [
-        [g for _, g in along(shown.model, random_direction(shown.model, seed), alphas.tolist(), lambda: total(losses))]
-        for seed in directions
-    ]
+    curves = [_curve(shown.model, random_direction(shown.model, seed), alphas.tolist(), losses) for seed in directions]
     words = (
         f"{points} α in [−{reach:g}, {reach:g}], {how.directions} random filter-normalised directions, attacked afresh"
     )
@@ -264,6 +254,14 @@ def _slices(shown: Shown) -> list[Found]:
     if beyond == sides.size:
         half = replace(half, standard_error=math.nan)
     return [_over_directions("landscape area", areas, "nats", words), half]
+
+
+def _curve(model: nn.Module, direction: Weights, alphas: Sequence[float], losses: Losses) -> list[float]:
+    def value(alpha: float) -> float:
+        ((_, g),) = along(model, direction, [alpha], lambda: total(losses))
+        return g
+
+    return parallel.shared_out(alphas, value)
 
 
 def _curvature(shown: Shown) -> list[Found]:
@@ -347,11 +345,23 @@ def _norms(shown: Shown) -> list[Found]:
     return found
 
 
-def _by_batch(shown: Shown, ball: WeightBall, losses: Losses) -> list[Worst]:
-    how = shown.how
-    return [
-        worst_case(shown.model, [loss], ball, steps=how.climbs, restarts=how.restarts, seed=how.seed) for loss in losses
-    ]
+def _by_batch(shown: Shown, ball: WeightBall, climbed: Callable[[], Losses] | None = None) -> list[Worst]:
+    """The worst case of each batch, without its displacement."""
+    how, losses = shown.how, shown.afresh()
+
+    def worst(number: int) -> Worst:
+        found = worst_case(
+            shown.model,
+            [losses[number]],
+            ball,
+            steps=how.climbs,
+            restarts=how.restarts,
+            seed=how.seed,
+            climbed=None if climbed is None else partial(_one_of, climbed, number),
+        )
+        return replace(found, displacement={})
+
+    return parallel.shared_out(range(len(losses)), worst)
 
 
 def _highest(name: str, worst: Sequence[Worst], shown: Shown, words: str) -> Found:
@@ -393,3 +403,5 @@ MEASURES: dict[str, Callable[[Shown], list[Found]]] = {
     "gradients": _gradients,
     "norms": _norms,
 }
+INSIDE = ("worst", "adaptive", "slices")  # processes have to ask for these together
+LONGEST = ("tolerance", "density", "curvature", "keskar", "average", "gradients")  # of the others, about

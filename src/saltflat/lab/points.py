@@ -2,7 +2,9 @@
 
 NAME.part   arrays of all points, with which of them are done; NAME.npz when all are
 
-Those of a coarse grid come first, so that there is something to read early.
+Those of a coarse grid come first, so that there is something to read early. Processes that torchrun started take a
+point each at a time, and the first of them writes: what is found is what one finds, to the bit, and any number of them
+goes on from what any other number left.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ import time
 import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
+from saltflat import parallel
 from saltflat.balls import Weights
 from saltflat.lab import record
 from saltflat.lab.config import BadInput
@@ -60,36 +64,50 @@ def measured(
         label: of the progress bar.
     """
     part, last, points = path.with_suffix(".part"), time.monotonic(), sum(len(group.places) for group in groups)
-    arrays = _read(part, points, examples) if part.is_file() else {}
+    arrays: Arrays = parallel.first(lambda: _read(part, points, examples) if part.is_file() else {})
     done = arrays.setdefault("done", np.zeros(points, bool))
     if done.any():
         say(f"goes on after {done.sum()} of {points} points: {part}")
+
+    def keep_now_and_then() -> None:
+        nonlocal last
+        if time.monotonic() - last > OFTEN:
+            _write(part, arrays)
+            last = time.monotonic()
+
     with progress() as bar:
         task, first = bar.add_task(label, total=points, completed=done.sum()), 0
         try:
             for group in groups:
                 coarse, fine = _ordered(group, done[first : first + len(group.places)])
                 left = coarse + fine
-                at = [group.places[place] for place in left]
-                along = over(model, group.directions(), at, measure) if left else ()
-                for place, (_, found) in zip(left, along, strict=True):
-                    if done.any() and arrays.keys() - {"done"} != found.keys():
-                        raise BadInput(f"landscapes: {part} is of another measurement; delete it to begin anew")
-                    for name, values in found.items():
-                        arrays.setdefault(name, np.zeros((points, len(values)), values.dtype))[first + place] = values
-                    done[first + place] = True
-                    bar.advance(task)
-                    if time.monotonic() - last > OFTEN:
-                        _write(part, arrays)
-                        last = time.monotonic()
-                    if fine and coarse and place == coarse[-1]:
-                        say(_preview(label, arrays))
+                directions = group.directions() if left else []
+                for some in (left[i : i + parallel.ranks()] for i in range(0, len(left), parallel.ranks())):
+                    at = [group.places[place] for place in some]
+                    all_found = parallel.shared_out(at, partial(_at, model, directions, measure))
+                    for place, found in zip(some, all_found, strict=True):
+                        if done.any() and arrays.keys() - {"done"} != found.keys():
+                            raise BadInput(f"landscapes: {part} is of another measurement; delete it to begin anew")
+                        for name, values in found.items():
+                            of_all = arrays.setdefault(name, np.zeros((points, len(values)), values.dtype))
+                            of_all[first + place] = values
+                        done[first + place] = True
+                        bar.advance(task)
+                        if fine and coarse and place == coarse[-1]:
+                            say(_preview(label, arrays))
+                    parallel.first(keep_now_and_then)
                 first += len(group.places)
         except BaseException:  # Ctrl-C among them: nothing that is done is lost
-            _write(part, arrays)
+            if parallel.rank() == 0:
+                _write(part, arrays)
             raise
-    _write(path, arrays)
+    parallel.first(lambda: _write(path, arrays))
     return arrays
+
+
+def _at(model: nn.Module, directions: Sequence[Weights], measure: Callable[[], Arrays], point: Point) -> Arrays:
+    ((_, found),) = over(model, directions, [point], measure)
+    return found
 
 
 def _ordered(group: Group, done: NDArray[np.bool_]) -> tuple[list[int], list[int]]:

@@ -5,11 +5,17 @@
     checkpoints/last.safetensors                      weights, after every epoch
     checkpoints/best.safetensors                      weights, after every epoch that is the best on validation so far
     checkpoints/epoch-N.safetensors                   weights of epochs that keep_every asks for
-    checkpoints/resume.pt                             all that `fit` needs to go on, written last
+    checkpoints/resume-STEP-SHA.pt                    all that `fit` needs to go on, the metrics so far among it: after
+                                                      every epoch, within long ones, and when told to stop; two are kept
     outcomes/  landscapes/  flatness/  gaps/          what `evaluate`, `landscape`, `flatness` and `study` find
 
 Every file but the metrics is written beside its place, flushed to the disk, and renamed into it. A line of metrics may
 be there without its checkpoint (killed in between); going on drops it, and the epoch is made again, equal.
+
+Every file says what its content has to be, in a checksum of its own: JSON in its last field ("seal"), a line of metrics
+likewise, config.yaml in its first line (of what decides the numbers; where the data lie may be changed), weights in
+their header, checkpoints in their name. What was damaged is refused, or made anew from what is whole; it is never read
+as if it were right.
 """
 
 from __future__ import annotations
@@ -27,7 +33,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from saltflat.lab.config import BadInput, Train, as_text, from_text
+from saltflat.lab.config import BadInput, Train, as_text, from_text, read_yaml
+
+DECIDES = "# decides: "  # the first line of a config.yaml, before a digest
+# Where, and on how many threads, a run goes on may change, and what is kept of it
+FREE = ("device", "threads", "keep_every", "checkpoint_minutes")
+FREE += ("data.path", "data.workers", "extra.path", "model.initial")
 
 
 def create(folder: Path, config: Train, environment: dict[str, Any], evaluation: dict[str, Any]) -> None:
@@ -42,49 +53,100 @@ def create(folder: Path, config: Train, environment: dict[str, Any], evaluation:
         (growing / "checkpoints").mkdir(parents=True)
         write_json(growing / "environment.json", environment)
         write_json(growing / "evaluation.json", evaluation)
-        write_text(growing / "config.yaml", as_text(config))
+        write_config(growing, config)
         growing.rename(folder.absolute())
     except OSError as error:
         raise BadInput(f"out: cannot make {str(folder)!r}: {error.strerror}") from None
 
 
+def write_config(folder: Path, config: Train) -> None:
+    text = as_text(config)
+    write_text(folder / "config.yaml", f"{DECIDES}{digest(deciding(read_yaml(text, 'config')))}\n{text}")
+
+
 def read_config(folder: Path) -> Train:
-    """The config of a run; BadInput if the folder is none."""
+    """The config of a run; BadInput if the folder is none, or if what decides the run's numbers is not as it was."""
     path = folder / "config.yaml"
     if not path.is_file():
         raise BadInput(f"run: expected a run folder with a config.yaml, got {str(folder)!r}")
     try:
-        return from_text(path.read_text())
+        text = path.read_text()
+        config, written = from_text(text), digest(deciding(read_yaml(text, "config")))
     except (OSError, UnicodeDecodeError, ValueError) as error:
         raise BadInput(f"run: {path}: {error}") from None
+    first = text.partition("\n")[0]
+    if first.startswith(DECIDES) and first.removeprefix(DECIDES) != written:
+        raise BadInput(f"run: {path} was changed or damaged since the run began: put it back, or begin a new run")
+    return config
 
 
-def append_metrics(folder: Path, metrics: dict[str, Any]) -> None:
-    """One line, on the disk when this returns."""
+def deciding(fields: dict[str, Any]) -> dict[str, Any]:
+    """Of a config's fields, those that decide a run's numbers. Only fields that are there: a file of before there was
+    one has the digest that it always had.
+
+    >>> deciding({"seed": 1, "threads": 2, "data": {"name": "svhn", "path": "here"}})
+    {'seed': 1, 'data': {'name': 'svhn'}}
+    """
+    found = {name: dict(part) if isinstance(part, dict) else part for name, part in fields.items()}
+    for name in FREE:
+        section, _, leaf = name.rpartition(".")
+        (found.get(section, {}) if section else found).pop(leaf, None)
+    return found
+
+
+def append_metrics(folder: Path, metrics: dict[str, Any]) -> str:
+    """One line, on the disk when this returns; returns it."""
+    line = json.dumps(sealed(metrics))
     with open(folder / "metrics.jsonl", "a") as file:
-        file.write(json.dumps(metrics) + "\n")
+        file.write(line + "\n")
         file.flush()
         os.fsync(file.fileno())
+    return line
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """All whole lines, up to one that was cut when the run was killed."""
+    """All lines, up to one that was cut when the run was killed; BadInput for any other that is not whole."""
     path, found = folder / "metrics.jsonl", []
-    for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
+    lines = path.read_text(errors="replace").splitlines(keepends=True) if path.exists() else []
+    for number, line in enumerate(lines, start=1):
         try:
-            metrics = json.loads(line)
-        except json.JSONDecodeError:
-            break
-        if not isinstance(metrics, dict) or not isinstance(metrics.get("epoch"), int):
-            break
+            metrics = unsealed(json.loads(line))
+            if not isinstance(metrics.get("epoch"), int):
+                raise ValueError
+        except ValueError:
+            if number == len(lines) and not line.endswith("\n"):
+                break
+            raise BadInput(
+                f"run: {path}: line {number} is damaged; saltflat train --resume {folder} makes it anew"
+            ) from None
         found.append(metrics)
     return found
 
 
-def keep_metrics_until(folder: Path, epoch: int) -> None:
-    """Drop what was written of later epochs, and a line that was cut."""
-    kept = [line for line in read_metrics(folder) if line["epoch"] <= epoch]
-    write_text(folder / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in kept))
+def count_metrics(folder: Path) -> int:
+    """Whole lines of metrics, as they are."""
+    path = folder / "metrics.jsonl"
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+def write_metrics(folder: Path, lines: Sequence[str]) -> None:
+    """All lines, in place of what is there."""
+    write_text(folder / "metrics.jsonl", "".join(line + "\n" for line in lines))
+
+
+def sealed(content: dict[str, Any]) -> dict[str, Any]:
+    """The same, with its checksum as the last field."""
+    return {**content, "seal": digest(content)}
+
+
+def unsealed(content: Any) -> dict[str, Any]:
+    """What was sealed; ValueError if it is not what it was then. What has no seal, an earlier version's, passes."""
+    if not isinstance(content, dict):
+        raise ValueError("expected named fields")
+    found = {name: value for name, value in content.items() if name != "seal"}
+    if "seal" in content and content["seal"] != digest(found):
+        raise ValueError("it is not what was written")
+    return found
 
 
 def check_folder(field: str, folder: Path) -> None:
@@ -117,11 +179,11 @@ def _locked(lock: Path) -> int:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if _is(lock, handle):
                 return handle
-        except ImportError:
-            return handle
-        except OSError:
+        except BlockingIOError:
             os.close(handle)
             raise BadInput(f"out: another process is at work on {lock.with_suffix('')}") from None
+        except (ImportError, OSError):
+            return handle
         os.close(handle)  # it was the file of somebody who has just left
 
 
@@ -161,17 +223,16 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    write_text(path, json.dumps(content, indent=1) + "\n")
+    """With its seal."""
+    write_text(path, json.dumps(sealed(content), indent=1) + "\n")
 
 
 def read_again(path: Path, needed: Sequence[str] = ()) -> dict[str, Any]:
     """A finding that is there already; BadInput if it is not whole, or lacks one of the needed fields."""
     try:
-        found = json.loads(path.read_text())
+        found = unsealed(json.loads(path.read_text()))
     except (OSError, ValueError) as error:
         raise BadInput(f"{path.parent.name}: {path} is not a whole file ({error}); delete it to begin anew") from None
-    if not isinstance(found, dict):
-        raise BadInput(f"{path.parent.name}: {path}: expected named fields; delete it to begin anew")
     if lacking := [name for name in needed if name not in found]:
         raise BadInput(f"{path.parent.name}: {path} is not whole, it lacks {lacking[0]}; delete it to begin anew")
     return found

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from saltflat import data as datasets
 from saltflat.balls import Weights
-from saltflat.data import Images, stratified_subset
+from saltflat.data import Images, Stored, stratified_subset
 from saltflat.evaluation.suite import prepared
 from saltflat.lab import build, checkpoints, memory, record
 from saltflat.lab.config import BadInput, Data, Train, checked
@@ -84,7 +84,7 @@ def from_run(
             name: (images.images, images.labels)
             for name, images in (
                 ("test", sets.test),
-                ("train", sets.train),
+                ("train", sets.train if isinstance(sets.train, Images) else sets.measured["train"]),
                 ("validation", sets.measured["validation"]),
             )
         },
@@ -102,7 +102,7 @@ def _on(device: str) -> torch.device:
     return found
 
 
-def _initial(run: Path, config: Train, like: Images) -> Weights:
+def _initial(run: Path, config: Train, like: Images | Stored) -> Weights:
     """The weights that training began with: kept in the run if they were read, else drawn again."""
     model, kept = build.network(config, like), run / "checkpoints" / "initial.safetensors"
     if config.model.initial is not None:

@@ -2,31 +2,39 @@
 
 Whatever can be wrong with the input is found before the first file is written or the first batch computed, and raised
 as `BadInput`.
+
+On many processes (torchrun), all of them read, train and measure; the first one writes and speaks.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
+import signal
+import threading
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
+from saltflat import parallel
 from saltflat.data import Images
 from saltflat.lab import build, checkpoints, initial, memory, record
 from saltflat.lab.climbing import check_compiles
-from saltflat.lab.config import BadInput, Train
+from saltflat.lab.config import BadInput, Interrupted, Train, checked
 from saltflat.lab.console import progress, say
 from saltflat.lab.precision import exact, resolved
 from saltflat.lab.threat import trained_against
 from saltflat.random import derived_seed
-from saltflat.train import Epoch, Stepped, fit
+from saltflat.train import Diverged, Epoch, Stepped, fit
 
+SIGNALS = ("SIGTERM", "SIGUSR1")  # of whoever needs the machine: save, and leave
 FELL = "robust accuracy on training images fell by more than 20 points"
 
 
@@ -42,6 +50,11 @@ class Ready:
 
 def train(config: Train, out: Path) -> None:
     """A new run in the folder `out`."""
+    with parallel.together(build.device_type(config.device)):
+        _begin(config, out)
+
+
+def _begin(config: Train, out: Path) -> None:
     ready = _ready(config, initial.begun)
     gpu = ready.device.type == "cuda"
     where = torch.cuda.get_device_name(ready.device) if gpu else str(ready.device)
@@ -52,11 +65,43 @@ def train(config: Train, out: Path) -> None:
         "mode": "eval",
         "weights": build.weights_in_words(config),
     }
-    record.create(out, config, versions, measured)
-    if config.model.initial is not None:
-        say(f"weights begin with those of {config.model.initial}")
+    versions["processes"] = parallel.ranks()
+
+    def made() -> None:
+        record.create(out, config, versions, measured)
+        _keep_initial(ready, out)
+
+    parallel.first(made)
+    with _alone(out):
+        _train(ready, out, None)
+
+
+def _keep_initial(ready: Ready, out: Path) -> None:
+    if ready.config.model.initial is not None:
+        say(f"weights begin with those of {ready.config.model.initial}")
         checkpoints.save_weights(out / "checkpoints" / "initial.safetensors", ready.model)
-    _train(ready, out, None)
+
+
+@contextmanager
+def _alone(out: Path) -> Iterator[None]:
+    """BadInput if another training is at work in the folder, or if nothing can be written there."""
+    if parallel.rank() > 0:
+        parallel.first(lambda: None)
+        yield
+        return
+    entered = record.alone(out / "training.lock")
+
+    def enter() -> None:
+        try:
+            entered.__enter__()
+        except OSError as error:
+            raise BadInput(f"run: cannot write in {str(out)!r}: {error.strerror}") from None
+
+    parallel.first(enter)
+    try:
+        yield
+    finally:
+        entered.__exit__(None, None, None)
 
 
 def check(config: Train) -> Ready:
@@ -73,42 +118,68 @@ def check_free(runs: Mapping[Path, Train]) -> None:
 
 def made(config: Train, out: Path) -> None:
     """A run of this config in the folder `out`: trained, gone on with, or left alone where it is whole."""
-    check_free({out: config})
-    resume(out) if out.exists() else train(config, out)
+    with parallel.together(build.device_type(config.device)):
+        parallel.first(lambda: check_free({out: config}))
+        _go_on(out) if parallel.first(out.exists) else _begin(config, out)
 
 
 def resume(out: Path) -> None:
-    """Go on with a run from its last whole epoch; does nothing if it is finished."""
-    config = record.read_config(out)
-    path, metrics = out / "checkpoints" / "resume.pt", record.read_metrics(out)
-    if not path.exists() and len(metrics) > 1:
-        raise BadInput(f"run: {out} has {len(metrics)} epochs but no {path.name} to go on from")
-    if path.exists() and checkpoints.epochs_done(path) >= config.optimizer.epochs:
+    """Go on with a run from what was saved last; does nothing if it is finished."""
+    with parallel.together(build.device_type(record.read_config(out).device)):
+        _go_on(out)
+
+
+def _go_on(out: Path) -> None:
+    config, folder = record.read_config(out), out / "checkpoints"
+    earlier = checkpoints.epochs_of_earlier_version(folder)
+    if not checkpoints.states(folder) and (earlier is not None or record.count_metrics(out) > 1):
+        if earlier is None or earlier < config.optimizer.epochs:
+            raise BadInput(
+                f"run: {out} has no checkpoint to go on from in {folder}"
+                f"{', but one of an earlier version' if earlier is not None else ''}; begin a new run"
+            )
         say(f"{out} is finished: {config.optimizer.epochs} epochs.")
         return
-    ready, state = _ready(config, build.network if path.exists() else initial.begun), None
-    if path.exists():
-        averaged = config.optimizer.average > 0 or config.optimizer.swa_from > 0
-        state = checkpoints.load_state(path, ready.model, averaged)
-        if state["config"] != _identity(ready):
-            changed = f"{out / 'config.yaml'}{' (or what extra.path holds)' if config.extra.path else ''}"
-            raise BadInput(
-                f"run: {changed} was changed since the run began: put it back, or begin a new run; or an earlier "
-                "version of saltflat began it"
-            )
-    record.keep_metrics_until(out, 0 if state is None else state["epoch"])
-    _train(ready, out, state)
+    with _alone(out):
+        found = parallel.first(lambda: checkpoints.newest_whole(folder, say))
+        if found is None and parallel.first(lambda: (out / "metrics.jsonl").exists()):
+            say(f"{out} has no checkpoint that is whole: it begins anew")
+        if found is not None and found[1]["epoch"] >= config.optimizer.epochs:
+            parallel.first(lambda: _repaired(out, found[1]))
+            say(f"{out} is finished: {config.optimizer.epochs} epochs.")
+            return
+        ready, state = _ready(config, initial.begun if found is None else build.network), None
+        if found is not None:
+            path, state = found
+            checkpoints.check_state(path, state, ready.model, config.optimizer.average + config.optimizer.swa_from > 0)
+            if state["config"] != _identity(ready):
+                changed = f"{out / 'config.yaml'}{' (or what extra.path holds)' if config.extra.path else ''}"
+                raise BadInput(
+                    f"run: {changed} was changed since the run began: put it back, or begin a new run; or an earlier "
+                    "version of saltflat began it"
+                )
+            if len(state["ranks"]) != parallel.ranks():
+                say(
+                    f"{out} goes on with {parallel.ranks()} processes after {len(state['ranks'])}: as before but for "
+                    "rounding; what each drew by itself (dropout) or remembered of its own rows is not what it was"
+                )
+        else:
+            parallel.first(lambda: _keep_initial(ready, out))  # it may have been killed before that
+        parallel.first(lambda: record.write_metrics(out, [] if state is None else state["metrics"]))
+        _train(ready, out, state)
+
+
+def _repaired(out: Path, state: dict[str, Any]) -> None:
+    """The metrics of a finished run are those that its last checkpoint knows."""
+    path, lines = out / "metrics.jsonl", "".join(line + "\n" for line in state["metrics"])
+    if not path.exists() or path.read_bytes() != lines.encode():
+        say(f"{path} is damaged: made anew")
+        record.write_metrics(out, state["metrics"])
 
 
 def _identity(ready: Ready) -> str:
-    """A digest of all that decides the numbers; where, and on how many threads, a run goes on may change, and what is
-    kept of it.
-    """
-    config, more = ready.config, ready.sets.extra
-    data, extra = replace(config.data, path=None), replace(config.extra, path=None)
-    deciding = asdict(replace(config, device="", threads=0, data=data, extra=extra))
-    del deciding["model"]["initial"]
-    del deciding["keep_every"]
+    """A digest of all that decides the numbers."""
+    deciding, more = record.deciding(asdict(checked(ready.config))), ready.sets.extra
     if more is not None:
         parts = (more.images.contiguous().numpy(), more.labels.numpy())
         deciding["extra"]["digest"] = [hashlib.sha256(part.data).hexdigest() for part in parts]
@@ -147,6 +218,7 @@ def _ready(config: Train, network: Callable[[Train, Images], nn.Module]) -> Read
     if config.threads:
         torch.set_num_threads(config.threads)
     device = build.device(config.device)
+    _check_processes(config, device)
     if device.type == "cpu":
         memory.keep()
     if config.compute.compile:
@@ -156,54 +228,167 @@ def _ready(config: Train, network: Callable[[Train, Images], nn.Module]) -> Read
     model = network(config, sets.train).to(device)
     size = config.optimizer.batch_size
     normalised = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
-    last = len(sets.train) % size or size
-    if normalised and sets.extra is None and (last == 1 or (config.awp.method == "m-rwp" and last // 2 == 1)):
+    last = size if sets.extra is not None else len(sets.train) % size or size
+    smallest = last // parallel.ranks() // config.optimizer.accumulate // (2 if config.awp.method == "m-rwp" else 1)
+    if normalised and smallest <= 1:
+        parts = [f"{parallel.ranks()} processes"] * (parallel.ranks() > 1)
+        parts += [f"{config.optimizer.accumulate} parts"] * (config.optimizer.accumulate > 1)
+        parts += ["the halves of m-rwp"] * (config.awp.method == "m-rwp")
         raise BadInput(
-            f"optimizer.batch_size: {len(sets.train)} images in batches of {size} leave one of a single image"
-            f"{', or one that m-rwp halves to that' if last > 1 else ''}, which has no statistics for BatchNorm"
+            f"optimizer.batch_size: {len(sets.train)} images in batches of {size} leave one of "
+            f"{f'{last}, for ' + ' and '.join(parts) if parts else 'a single image'}, "
+            "which has no statistics for BatchNorm"
+        )
+    if smallest < 1 and config.optimizer.accumulate > 1:
+        raise BadInput(
+            f"optimizer.accumulate: the last batch has {last} images for {parallel.ranks()} processes, "
+            f"expected at most {last // parallel.ranks()} parts, got {config.optimizer.accumulate}"
         )
     return Ready(config, device, sets, model)
+
+
+def _check_processes(config: Train, device: torch.device) -> None:
+    """BadInput for what many processes cannot do, or one alone."""
+    if config.compute.sync_batch_norm and device.type != "cuda":
+        raise BadInput("compute.sync_batch_norm: torch has it on GPUs alone, expected false on a CPU, got true")
+    if parallel.ranks() == 1:
+        return
+    for name, holds in (("data.mix", config.data.mix != "none"), ("extra.share", config.extra.share > 0)):
+        if config.data.stored and holds:
+            raise BadInput(
+                f"{name}: expected none with data.stored on {parallel.ranks()} processes, none of which has a whole batch"
+            )
+    if config.awp.amortised:
+        raise BadInput(
+            f"awp.amortised: expected false on {parallel.ranks()} processes, over which its gradient is not averaged, "
+            "got true"
+        )
+    if parallel.ranks() > config.optimizer.batch_size:
+        raise BadInput(
+            f"optimizer.batch_size: expected an example or more for each of {parallel.ranks()} processes, got "
+            f"{config.optimizer.batch_size}"
+        )
+
+
+def _spread(ready: Ready) -> parallel.Spread:
+    """How the model lies on the processes."""
+    of = ready.config.compute
+    if parallel.ranks() == 1:
+        return parallel.Alone(ready.model)
+    if of.spread == "fsdp":
+        return parallel.Sharded(ready.model, build.parts)
+    return parallel.Replicated(ready.model, of.sync_batch_norm)
 
 
 @exact()  # but for the steps, which are in the config's precision
 def _train(ready: Ready, out: Path, state: dict[str, Any] | None) -> None:
     config, model, sets = ready.config, ready.model, ready.sets
-    plan, done = build.plan(config, sets.train.num_classes), 0 if state is None else state["epoch"]
+    plan = build.plan(config, sets.train.num_classes)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     precision = resolved(config.compute.precision, ready.device)
     say(
         f"{config.recipe}, seed {config.seed}: {len(sets.train)} images, {parameters:,} parameters, {precision} on "
         f"{ready.device}, in {out}"
     )
-    began, identity = time.perf_counter(), _identity(ready)
+    if parallel.ranks() > 1 or config.optimizer.accumulate > 1:
+        say(_batches_in_words(config))
+    began, metrics = time.perf_counter(), [] if state is None else list(state["metrics"])
+    steps, whole = 0 if state is None else state["step"], {"config": _identity(ready), "metrics": metrics}
+    spread, saved = _spread(ready), time.monotonic()
+    events = fit(
+        model,
+        sets.train,
+        sets.measured,
+        plan,
+        build.optimizer(config, model),
+        extra=sets.extra,
+        state=state,
+        spread=spread,
+    )
+    del state
     try:
-        with progress() as bar:
+        with progress() as bar, _told_to_stop() as told:
             task = bar.add_task("training", total=None)
-            optimizer = build.optimizer(config, model)
-            for event in fit(model, sets.train, sets.measured, plan, optimizer, extra=sets.extra, state=state):
+            for event in events:
                 if isinstance(event, Stepped):
                     bar.update(task, total=event.steps, completed=event.step, description=f"epoch {event.epoch}")
+                    due = 0 < config.checkpoint_minutes * 60 <= time.monotonic() - saved
+                    stop, save = parallel.anyones(bool(told)), parallel.anyones(due)
+                    if stop or save:
+                        _save(out, {**event.state(), **whole})
+                        saved = time.monotonic()
+                    if stop:
+                        say(f"told to stop, and saved at step {event.step}; go on with: saltflat train --resume {out}")
+                        raise Interrupted
                 elif isinstance(event, Epoch):
                     if event.metrics["collapsed"] and config.attack.stop_on_collapse:
                         say(f"epoch {event.epoch}: {FELL}; training ends with the epoch before")
                         return
-                    _keep(out, event, config, identity)
-                    left = (time.perf_counter() - began) / (event.epoch - done) * (plan.epochs - event.epoch)
+                    parallel.first(lambda event=event: _keep(out, event, config, metrics))  # type: ignore[misc]
+                    _save(out, {**event.state, **whole})
+                    saved = time.monotonic()
+                    here = event.metrics["step"]
+                    done = max(1, here - steps)  # none, where an epoch's steps were done before
+                    left = (time.perf_counter() - began) / done * (here // event.epoch * plan.epochs - here)
                     say(_in_words(event, config, left))
     except KeyboardInterrupt:
         say(f"interrupted; go on with: saltflat train --resume {out}")
         raise
+    except Diverged as error:
+        diverged = error
+        raise FloatingPointError(parallel.first(lambda: _with_batch(diverged, out))) from None
 
 
-def _keep(out: Path, event: Epoch, config: Train, identity: str) -> None:
+def _with_batch(error: Diverged, out: Path) -> str:
+    """What is said of it, once the batch is kept."""
+    if not error.batch:
+        return str(error)
+    arrays: dict[str, Any] = {name: tensor.numpy() for name, tensor in error.batch.items()}
+    np.savez(out / "dropped-batch.npz", **arrays)
+    return f"{error}; the last one dropped is in {out / 'dropped-batch.npz'}"
+
+
+def _batches_in_words(config: Train) -> str:
+    of, ranks = config.optimizer, parallel.ranks()
+    each = f"{ranks} processes x {of.batch_size / ranks:g}" if ranks > 1 else f"{of.batch_size}"
+    parts = f" in {of.accumulate} parts" if of.accumulate > 1 else ""
+    return (
+        f"batches of {of.batch_size}: {each}{parts}; learning rate {of.learning_rate:g}, which is for the whole batch: "
+        "it does not grow with the number of processes"
+    )
+
+
+@contextmanager
+def _told_to_stop() -> Iterator[list[str]]:
+    """Signals that arrive inside, by name, in place of what they would do. In the main thread alone."""
+    told: list[str] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield told
+        return
+    known = [getattr(signal, name) for name in SIGNALS if hasattr(signal, name)]
+    before = {
+        number: signal.signal(number, lambda number, _: told.append(signal.Signals(number).name)) for number in known
+    }
+    try:
+        yield told
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _save(out: Path, state: dict[str, Any]) -> None:
+    """By the first process; all know whether it could."""
+    parallel.first(lambda: checkpoints.save_state(out / "checkpoints", state))
+
+
+def _keep(out: Path, event: Epoch, config: Train, metrics: list[str]) -> None:
     """Metrics first, the state last: what stands in between is made again, equal, if the run is killed here."""
-    record.append_metrics(out, event.metrics)
+    metrics.append(record.append_metrics(out, event.metrics))
     if event.best:
         checkpoints.save_weights(out / "checkpoints" / "best.safetensors", event.model)
     if event.epoch in kept_epochs(config):
         checkpoints.save_weights(out / "checkpoints" / f"epoch-{event.epoch}.safetensors", event.model)
     checkpoints.save_weights(out / "checkpoints" / "last.safetensors", event.model)
-    checkpoints.save_state(out / "checkpoints" / "resume.pt", {**event.state, "config": identity})
 
 
 def _in_words(event: Epoch, config: Train, left: float) -> str:

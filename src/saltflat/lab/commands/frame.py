@@ -21,6 +21,7 @@ Job = Callable[[], None]
 Folder = Annotated[Path, tyro.conf.arg(metavar="FOLDER")]
 RunOrCheckpoint = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN|CHECKPOINT")]
 Runs = Annotated[tuple[Path, ...], Field(min_length=1), tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
+Executor = Annotated[str, tyro.conf.arg(metavar="local|tcp://HOST:PORT|MODULE:FUNCTION")]
 Split = Literal["test", "train", "validation"]
 
 app, study_app = tyro.extras.SubcommandApp(), tyro.extras.SubcommandApp()

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from saltflat.lab.commands.frame import Folder, Job, RunOrCheckpoint, app, command
-from saltflat.lab.config import Count, Train, checked
+from saltflat.lab.commands.frame import Executor, Folder, Job, RunOrCheckpoint, app, command
+from saltflat.lab.config import Count, CountOrZero, Train, checked
 from saltflat.lab.recipes import RECIPES, described
 
 if TYPE_CHECKING:
@@ -23,18 +23,24 @@ else:
 
 
 @command
-def demo(out: Folder = Path("runs/demo"), seeds: Count = 3) -> Job:
+def demo(
+    out: Folder = Path("runs/demo"), seeds: Count = 3, workers: CountOrZero = 0, executor: Executor = "local"
+) -> Job:
     """Train AT and AT-AWP on the bundled digits, and compare them on a page: about two minutes on two cores.
 
     Args:
         out: folder of its runs and of report.html; what is finished there is kept, what is missing is made.
         seeds: trainings of each.
+        workers: processes side by side; 0 takes one a core, or one for a GPU.
+        executor: who trains: local, processes here; tcp://HOST:8786, the workers of a Dask scheduler; or
+            package.module:function, code that is called for an executor (docs/cluster.md).
     """
 
     def job() -> None:
         from saltflat.lab import demo
+        from saltflat.lab.study import executors
 
-        demo.run(out, seeds)
+        demo.run(out, seeds, executors.named(executor, workers, "auto"))
 
     return job
 
@@ -72,25 +78,29 @@ def download(
 
 
 @app.command
-def train(recipe: Recipe, out: Folder | None = None) -> Job:
-    """Train a network by a recipe, or go on with a run: `saltflat train --resume RUN`.
+def train(recipe: Recipe, out: Folder | None = None, go_on: bool = False) -> Job:
+    """Train a network by a recipe, or go on with a run: `saltflat train --resume RUN`. On many processes:
+    `torchrun --nproc-per-node N -m saltflat train RECIPE`.
 
     Args:
         recipe: what to train, and how; every field can be overridden.
         out: folder of the run, which must not exist; default runs/RECIPE-seedN.
+        go_on: where the run is there already, go on with it; it has to be of the same recipe. One command for a job
+            that may be put back into the queue.
     """
     config = checked(recipe)
 
     def job() -> None:
         from saltflat.lab import trainings
 
-        trainings.train(config, out or Path("runs") / f"{config.recipe}-seed{config.seed}")
+        start = trainings.made if go_on else trainings.train
+        start(config, out or Path("runs") / f"{config.recipe}-seed{config.seed}")
 
     return job
 
 
 def resume(resume: Folder) -> Job:
-    """Go on with a run from its last whole epoch, to end as if it had never stopped.
+    """Go on with a run from what it saved last, to end as if it had never stopped.
 
     Args:
         resume: folder of the run.

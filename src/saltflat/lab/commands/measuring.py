@@ -54,7 +54,7 @@ def evaluate(
         norm: of the threat model; default the run's.
         eps: radius of the threat model, in pixel units; default the run's.
         step_size: of PGD and CW, in pixel units; default the run's, in proportion to eps, or eps / 4.
-        batch_size: examples at a time.
+        batch_size: examples at a time; of several processes (torchrun), each takes such a batch.
         precision: of attacks; whatever looks fooled is asked again in fp32 before it counts.
         padded: give the network batch-size rows always, so that outcomes do not depend on company, to the bit.
         seed: of all that attacks draw.
@@ -92,7 +92,7 @@ def evaluate(
         how = evaluations.How(batch_size, seed, precision, padded)
         evaluations.show(subject, evaluations.evaluation(subject, names, split, examples, how))
 
-    return job
+    return _together(device, job)
 
 
 @command
@@ -182,6 +182,7 @@ def landscape(
         raise BadInput(f"directions: expected 1 unless they are random and 1-D, got {directions}")
 
     def job() -> None:
+        from saltflat import parallel
         from saltflat.lab import console, landscapes, subjects
 
         alphas = landscapes.symmetric(reach, points)
@@ -200,9 +201,9 @@ def landscape(
             else:
                 found = landscapes.plane(of, alphas, alphas, how)
             console.say(f"{of.folder}: {landscapes.in_words(found)} ({time.perf_counter() - began:.0f} s)")
-        console.report([of.folder for of in opened], out)
+        parallel.first(lambda: console.report([of.folder for of in opened], out))
 
-    return job
+    return _together(device, job)
 
 
 @command
@@ -259,6 +260,7 @@ def flatness(
     """
 
     def job() -> None:
+        from saltflat import parallel
         from saltflat.lab import console, subjects
         from saltflat.lab import flatness as flat
         from saltflat.lab.measures import How
@@ -269,9 +271,9 @@ def flatness(
         console.page_of([of.folder for of in opened], out)
         for of in opened:
             flat.show(of, flat.flatness(of, measures, how))
-        console.report([of.folder for of in opened], out)
+        parallel.first(lambda: console.report([of.folder for of in opened], out))
 
-    return job
+    return _together(device, job)
 
 
 @command
@@ -289,3 +291,15 @@ def report(runs: Runs, out: Path | None = None) -> Job:
         console.report(runs, out)
 
     return job
+
+
+def _together(device: str, job: Job) -> Job:
+    """The same job, which the processes that torchrun started do together."""
+
+    def shared() -> None:
+        from saltflat.lab import once
+
+        with once.together(device):
+            job()
+
+    return shared

@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 import tyro
 from pydantic import Field
 
-from saltflat.lab.commands.frame import Folder, Job, app, check_points, study_command
+from saltflat.lab.commands.frame import Executor, Folder, Job, app, check_points, study_command
 from saltflat.lab.config import BadInput, Count, CountOrZero, Positive
 
 
@@ -34,6 +34,7 @@ def gap(
     device: str | None = None,
     out: Folder | None = None,
     workers: CountOrZero = 0,
+    executor: Executor = "local",
     dry: bool = False,
 ) -> Job:
     """Does the robust gap go with flatness? Train a grid of recipes, or take runs and checkpoints that are there;
@@ -55,6 +56,8 @@ def gap(
         device: auto, cpu, cuda, or cuda:N; default the preset's, or auto.
         out: folder of the study; default studies/gap-PRESET, or studies/gap.
         workers: processes side by side; 0 takes one a core, or one for a GPU.
+        executor: who works on the models: local, processes here; tcp://HOST:8786, the workers of a Dask scheduler; or
+            package.module:function, code that is called for an executor (docs/cluster.md).
         dry: list the models, and stop.
     """
     given = [name for name, value in (("runs", runs), ("preset", preset), ("listing", listing)) if value]
@@ -69,10 +72,9 @@ def gap(
             raise BadInput(f"{name}: expected none here (see --help), got {value}")
 
     def job() -> None:
-        from saltflat.lab import build
-        from saltflat.lab.study import gap, grid
+        from saltflat.lab.study import executors, gap, grid
 
-        build.device(device or grid.device(preset))
+        engine = executors.named(executor, workers, device or grid.device(preset))
         sys.path.insert(0, "")  # a listing's module:factory may lie in the current folder, as for `python -m`
         folder = out or Path("studies") / (f"gap-{preset}" if preset else "gap")
         if preset is not None:
@@ -86,7 +88,7 @@ def gap(
         if dry:
             print("\n".join(asked.models))
             return
-        gap.study(asked, folder, workers or build.workers(device or grid.device(preset)))
+        gap.study(asked, folder, engine)
 
     return job
 
@@ -105,6 +107,7 @@ def process(
     device: str = "auto",
     out: Folder | None = None,
     workers: CountOrZero = 0,
+    executor: Executor = "local",
 ) -> Job:
     """Does the landscape sharpen as the gap opens? Gap, landscape and flatness of one run over its epochs, before and
     after each drop of the learning rate, at the best and the last: the paper's first experiment.
@@ -122,17 +125,18 @@ def process(
         device: auto, cpu, cuda, or cuda:N.
         out: folder of the page; default the run's.
         workers: processes side by side; 0 takes one a core, or one for a GPU.
+        executor: who works on the models: local, processes here; tcp://HOST:8786, the workers of a Dask scheduler; or
+            package.module:function, code that is called for an executor (docs/cluster.md).
     """
     check_points(points)
 
     def job() -> None:
-        from saltflat.lab import build
         from saltflat.lab.gaps import How as GapHow
         from saltflat.lab.landscapes import How as Slice
         from saltflat.lab.measures import How
-        from saltflat.lab.study import process
+        from saltflat.lab.study import executors, process
 
-        build.device(device)
+        engine = executors.named(executor, workers, device)
         plan = process.Plan(
             reach,
             points,
@@ -141,7 +145,7 @@ def process(
             GapHow(steps=2 * steps, seed=seed),
             How(examples=examples, steps=steps, draws=draws, directions=directions, seed=seed),
         )
-        process.study(run, plan, out or run, workers or build.workers(device), data_path, device)
+        process.study(run, plan, out or run, engine, data_path, device)
 
     return job
 
@@ -154,6 +158,8 @@ def compare(
     attacks: Annotated[tuple[str, ...], Field(min_length=1)] = ("clean", "pgd-20", "cw-20"),
     examples: CountOrZero = 0,
     out: Folder = Path("studies/compare"),
+    workers: CountOrZero = 0,
+    executor: Executor = "local",
 ) -> Job:
     """Does one recipe do better than another? Trains them with the same seeds, and pairs their differences on a page.
 
@@ -167,11 +173,18 @@ def compare(
         attacks: on the best and the last checkpoint of each, as in `saltflat evaluate`.
         examples: of the test set, stratified; 0 takes all.
         out: folder of the runs and of report.html; what is finished there is kept, what is missing is made.
+        workers: processes side by side, of one thread each unless `threads` is set; 0 takes as many as there are cores
+            for, or one for a GPU.
+        executor: who trains and attacks: local, processes here; tcp://HOST:8786, the workers of a Dask scheduler; or
+            package.module:function, code that is called for an executor (docs/cluster.md).
     """
 
     def job() -> None:
-        from saltflat.lab.study import compare
+        from saltflat.lab.study import compare, executors
 
-        compare.study(recipes, set, seeds, attacks, examples, out)
+        runs = compare.configs(recipes, set, seeds, out)
+        one = next(iter(runs.values()))
+        engine = executors.named(executor, workers, one.device, one.threads)
+        compare.study(runs, attacks, examples, out, engine)
 
     return job

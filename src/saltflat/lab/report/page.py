@@ -47,15 +47,7 @@ def render(runs: Sequence[Run], *, title: str | None = None) -> str:
     groups = grouped(runs)
     planes = plane_plates(groups)
     script = Markup(SCRIPT.read_text(encoding="utf-8")) if planes else None
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(TEMPLATES),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    return environment.get_template("page.html.j2").render(
+    return templates().get_template("page.html.j2").render(
         title=title or _default_title(groups),
         extent=f"{counted(len(groups), 'recipe')}, {counted(len(runs_of(groups)), 'run')}",
         folders=[run.folder.name for run in runs_of(groups)],
@@ -75,6 +67,27 @@ def render(runs: Sequence[Run], *, title: str | None = None) -> str:
         notes=notes(groups, len(runs)),
         variables=VARIABLES,
     )
+
+
+def templates(*more: Path) -> jinja2.Environment:
+    """The report's templates and those of other folders; what they show is escaped, and cannot turn the writing."""
+    return jinja2.Environment(
+        loader=jinja2.FileSystemLoader([*more, TEMPLATES]),
+        autoescape=True,
+        finalize=_straight,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+
+
+# Signs that are not seen, and set what stands around them from right to left: a name could show another's number.
+TURNING = dict.fromkeys([0x061C, 0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 0x206A)], "\ufffd")
+
+
+def _straight(shown: object) -> object:
+    return shown.translate(TURNING) if isinstance(shown, str) else shown
 
 
 def _policy(script: str | None) -> str:

@@ -18,10 +18,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
-import yaml
 from pydantic import BeforeValidator, Field, Strict, TypeAdapter
 
-from saltflat.lab.config import BadInput, Train, as_text
+from saltflat.lab.config import BadInput, Train, as_text, read_yaml
+from saltflat.lab.record import DECIDES, read_config, unsealed
 from saltflat.lab.report.landscapes import Line, Plane, read_landscape
 from saltflat.lab.report.rows import flattened
 
@@ -196,7 +196,7 @@ def read_run(folder: Path) -> Run:
         folder=folder,
         label=config["recipe"],
         seed=config["seed"],
-        config=flattened(_completed(yaml.safe_load(as_text(Train())), config)),
+        config=flattened(_completed(read_yaml(as_text(Train()), "config"), config)),
         environment=_read_rows(folder / "environment.json", notes, "the machine and versions are unknown"),
         evaluation=_read_rows(folder / "evaluation.json", notes, "the attack at each epoch is not stated"),
         epochs=_read_epochs(folder / "metrics.jsonl", notes),
@@ -212,15 +212,17 @@ def read_run(folder: Path) -> Run:
 
 def _read_config(folder: Path) -> dict[str, Any]:
     try:
-        config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
-        json.dumps(config, default=str)  # a YAML file may contain itself
-    except (*DAMAGE, yaml.YAMLError) as error:
+        text = (folder / "config.yaml").read_text(encoding="utf-8")
+        config = read_yaml(text, "config.yaml")
+    except DAMAGE as error:
         raise BadInput(f"{folder}: no run, config.yaml cannot be read: {' '.join(str(error).split())}") from error
     if not isinstance(config, dict):
         raise BadInput(f"{folder}: no run, config.yaml must hold named fields")
     for name, kind in (("recipe", str), ("seed", int)):
         if type(config.get(name)) is not kind:
             raise BadInput(f"{folder}: no run, config.yaml: {name} must be {kind.__name__}, got {config.get(name)!r}")
+    if text.startswith(DECIDES):
+        read_config(folder)  # which refuses one that was changed
     return config
 
 
@@ -241,7 +243,7 @@ def _read_rows(path: Path, notes: list[str], consequence: str) -> dict[str, str]
     try:
         content = json.loads(path.read_bytes())
         if isinstance(content, dict):
-            return flattened(content)
+            return flattened(unsealed(content))
         problem = "No named fields in"
     except FileNotFoundError:
         problem = "No"
@@ -261,7 +263,7 @@ def _read_epochs(path: Path, notes: list[str]) -> tuple[Epoch, ...]:
     read = TypeAdapter(Epoch).validate_json
     for number, line in enumerate(lines, 1):
         try:
-            epoch = read(line)
+            epoch = read(_whole(line))
         except DAMAGE:
             last = number == len(lines)
             damage = "The last line of metrics.jsonl is cut" if last else f"Line {number} of metrics.jsonl is damaged"
@@ -280,9 +282,15 @@ def _read_parts(folder: Path, read: Callable[[bytes], Part], notes: list[str], i
     paths = sorted(folder.glob("*.json"))
     for path in paths:
         try:
-            parts.append(read(path.read_bytes()))
+            parts.append(read(_whole(path.read_bytes())))
         except DAMAGE:
             notes.append(f"A damaged file was skipped: {folder.name}/{path.name}")
     if not paths and if_none:
         notes.append(if_none)
     return tuple(parts)
+
+
+def _whole(content: bytes) -> bytes:
+    """The same JSON; ValueError if it is not what was written."""
+    unsealed(json.loads(content))
+    return content

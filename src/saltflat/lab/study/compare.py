@@ -8,18 +8,17 @@ Everything in it is what the other commands do; what is finished is kept, a trai
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from saltflat.lab import trainings
-from saltflat.lab.config import BadInput, Train, checked
+from saltflat.lab import record, trainings
+from saltflat.lab.config import BadInput, Train, checked, read_yaml
 from saltflat.lab.console import report, say
 from saltflat.lab.evaluations import How, evaluation
 from saltflat.lab.recipes import RECIPES
+from saltflat.lab.study.workers import Engine, side_by_side
 from saltflat.lab.subjects import from_run
 from saltflat.lab.threat import columns, trained_against
 
@@ -27,24 +26,45 @@ CHECKPOINTS = ("best", "last")
 PATHS = ("path", "initial")  # fields whose values are not to be taken for numbers
 
 
-def study(
-    recipes: Sequence[str], changes: Sequence[str], seeds: int, attacks: Sequence[str], examples: int, out: Path
-) -> None:
+@dataclass(frozen=True)
+class Entry:
+    """A run, and what it is attacked with."""
+
+    folder: Path
+    config: Train
+    attacks: tuple[str, ...]
+    examples: int
+
+
+def study(runs: Mapping[Path, Train], attacks: Sequence[str], examples: int, out: Path, engine: Engine) -> None:
     """Train, evaluate, and write `out`/report.html."""
     began = time.perf_counter()
-    runs = configs(recipes, changes, seeds, out)
     trainings.check_free(runs)
     for folder, config in runs.items():  # BadInput before anything is trained
         columns(attacks, trained_against(config.attack))
         there = len(trainings.check(config).sets.test) if not folder.exists() else examples
         if examples > there:
             raise BadInput(f"examples: expected at most the {there} test examples, got {examples}")
-    for folder, config in runs.items():
-        trainings.made(config, folder)
-        for checkpoint in CHECKPOINTS:
-            evaluation(from_run(folder, checkpoint), tuple(attacks), "test", examples, How())
+    entries = {folder.name: Entry(folder, config, tuple(attacks), examples) for folder, config in runs.items()}
+    with engine() as executor, record.alone(out / "study.lock"):
+        side_by_side(_made, entries, executor, out / "logs", in_words)
     path = report(list(runs), out / "report.html")
     say(f"done in {time.perf_counter() - began:.0f} s; open {path} in a browser")
+
+
+def _made(of: Entry) -> dict[str, Any]:
+    """The evaluation of the last checkpoint, after that of the best."""
+    trainings.made(of.config, of.folder)
+    found = {}
+    for checkpoint in CHECKPOINTS:
+        found = evaluation(from_run(of.folder, checkpoint), of.attacks, "test", of.examples, How())
+    return found
+
+
+def in_words(found: dict[str, Any]) -> str:
+    """For a line while the study runs."""
+    attacked = ", ".join(f"{row['name']} {row['accuracy']:.2%}" for row in found["attacks"])
+    return f"{found['checkpoint']} checkpoint, {found['split']}: {attacked}"
 
 
 def configs(recipes: Sequence[str], changes: Sequence[str], seeds: int, out: Path) -> dict[Path, Train]:
@@ -87,8 +107,5 @@ def changed(config: Train, changes: Sequence[str]) -> Train:
             inner = inner.get(section) if isinstance(inner, dict) else None
         if not isinstance(inner, dict) or leaf not in inner or leaf in ("recipe", "seed"):
             raise BadInput(f"set: expected the name of a recipe's field, such as optimizer.epochs, got {name!r}")
-        try:
-            inner[leaf] = text if leaf in PATHS else yaml.safe_load(text)
-        except yaml.YAMLError:
-            raise BadInput(f"set: expected a value for {name}, got {text!r}") from None
+        inner[leaf] = text if leaf in PATHS else read_yaml(text, f"set: expected a value for {name}")
     return checked(tree)

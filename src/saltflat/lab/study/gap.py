@@ -26,7 +26,7 @@ from saltflat.lab.study import grid, listing, page
 from saltflat.lab.study.models import Existing, Plan, Row, Task, Trained, in_words, rows
 from saltflat.lab.study.table import Measure, Model, Table, plain, write_table
 from saltflat.lab.study.words import headline
-from saltflat.lab.study.workers import side_by_side
+from saltflat.lab.study.workers import Engine, side_by_side
 from saltflat.lab.trainings import check_free
 
 # Sizes for digits: a measure takes a second or so.
@@ -92,13 +92,13 @@ def of_files(path: Path, out: Path, device: str | None) -> Asked:
     return Asked("Flatness and the robust gap, checkpoints of others", tasks, SMALL, FLOOR)
 
 
-def study(asked: Asked, out: Path, workers: int) -> None:
+def study(asked: Asked, out: Path, engine: Engine) -> None:
     """Train, measure, and write the page; what is there already is read."""
     _check(asked, out)
-    with record.alone(out / "study.lock"):
+    with engine() as executor, record.alone(out / "study.lock"):
         _claim(asked, out)
         began = time.perf_counter()
-        found = side_by_side(rows, {task.name: task for task in asked.tasks}, workers, out / "logs", in_words)
+        found = side_by_side(rows, {task.name: task for task in asked.tasks}, executor, out / "logs", in_words)
         table = tabled(asked, [row for each in found.values() for row in each])
         write_table(table, out / "table.json")
         for sentence in headline(page.write(table, out)):

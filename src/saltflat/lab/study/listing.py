@@ -17,10 +17,9 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 import pydantic
-import yaml
 from pydantic import ConfigDict, Field, StrictBool, StrictFloat, StrictInt, StrictStr
 
-from saltflat.lab.config import STRICT, BadInput, Number, Positive, refusal
+from saltflat.lab.config import STRICT, BadInput, Number, Positive, read_yaml, refusal
 from saltflat.lab.study.models import OfOthers, Plan, Task
 from saltflat.lab.subjects import STEP, Foreign
 from saltflat.lab.threat import Threat
@@ -53,8 +52,8 @@ class Listed:
 def read(listing: Path, plan: Plan, out: Path, device: str) -> list[Task]:
     """The models that the file lists; BadInput, in one line, for the first entry that cannot be used."""
     try:
-        entries = yaml.safe_load(listing.read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        entries = read_yaml(listing.read_text(), f"listing: {listing}")
+    except (OSError, UnicodeDecodeError) as error:
         raise BadInput(f"listing: cannot read {listing}: {' '.join(str(error).split())}") from None
     if not isinstance(entries, list):
         raise BadInput(f"listing: expected a list of models in {listing}, got {type(entries).__name__}")

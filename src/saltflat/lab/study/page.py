@@ -7,12 +7,10 @@ out of the table are escaped. Nothing here imports torch.
 import json
 from pathlib import Path
 
-import jinja2
-
 from saltflat.lab.record import replacing
 from saltflat.lab.report.drawing import VARIABLES
 from saltflat.lab.report.notation import counted
-from saltflat.lab.report.page import TEMPLATES
+from saltflat.lab.report.page import templates
 from saltflat.lab.study import findings as analysis
 from saltflat.lab.study.findings import LEAST, Findings
 from saltflat.lab.study.plates import confounder_plate, forest_plate, scatter_plate
@@ -35,27 +33,23 @@ def write(table: Table, folder: Path, *, resamples: int = 2000, permutations: in
 
 def render(table: Table, found: Findings) -> str:
     """The page as text: an equal table and equal findings give an equal page."""
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader([TEMPLATE.parent, TEMPLATES]),  # the style is the report's
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    return environment.get_template(TEMPLATE.name).render(
-        title=table.title,
-        extent=f"{counted(len(found.measures), 'measure')} of {counted(len(table.models), 'model')}",
-        headline=headline(found),
-        forest=forest_plate(found) if found.runs >= LEAST else None,
-        scatters=scatter_plate(table, found),
-        confounder=confounder_plate(table, found),
-        associations=association_table(found),
-        axes=axes_table(found),
-        measures=measure_table(found),
-        models=models_table(table),
-        settings=table.settings,
-        left_out=left_out(table, found),
-        found=found,
-        variables=VARIABLES,
+    return (
+        templates(TEMPLATE.parent)
+        .get_template(TEMPLATE.name)
+        .render(  # the style is the report's
+            title=table.title,
+            extent=f"{counted(len(found.measures), 'measure')} of {counted(len(table.models), 'model')}",
+            headline=headline(found),
+            forest=forest_plate(found) if found.runs >= LEAST else None,
+            scatters=scatter_plate(table, found),
+            confounder=confounder_plate(table, found),
+            associations=association_table(found),
+            axes=axes_table(found),
+            measures=measure_table(found),
+            models=models_table(table),
+            settings=table.settings,
+            left_out=left_out(table, found),
+            found=found,
+            variables=VARIABLES,
+        )
     )

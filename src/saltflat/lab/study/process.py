@@ -24,7 +24,7 @@ from saltflat.lab.measures import How
 from saltflat.lab.study import process_page
 from saltflat.lab.study.models import Existing
 from saltflat.lab.study.table import number
-from saltflat.lab.study.workers import side_by_side
+from saltflat.lab.study.workers import Engine, side_by_side
 from saltflat.lab.trainings import drops
 
 
@@ -51,7 +51,7 @@ class Moment:
     plan: Plan
 
 
-def study(run: Path, plan: Plan, out: Path, workers: int, data_path: Path | None, device: str) -> None:
+def study(run: Path, plan: Plan, out: Path, engine: Engine, data_path: Path | None, device: str) -> None:
     """Measure all kept checkpoints, and write the page; what is there already is read."""
     record.check_folder("out", out)
     config, epochs = record.read_config(run), record.read_metrics(run)
@@ -61,8 +61,8 @@ def study(run: Path, plan: Plan, out: Path, workers: int, data_path: Path | None
     source.reads()[1]()
     moments = {name: Moment(source, name, epoch, _role(config, epochs, epoch), plan) for epoch, name in names.items()}
     report = _begun(run, config, epochs, plan)
-    with record.alone(out / "process.lock"):
-        found = side_by_side(_measured, moments, workers, out / "logs", _in_words)
+    with engine() as executor, record.alone(out / "process.lock"):
+        found = side_by_side(_measured, moments, executor, out / "logs", _in_words)
         settings = next(iter(found.values()))["settings"]
         points = [{key: value for key, value in point.items() if key != "settings"} for point in found.values()]
         sentences = process_page.write({**report, "settings": settings, "points": points}, out)

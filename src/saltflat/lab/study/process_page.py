@@ -12,7 +12,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import numpy as np
 from markupsafe import Markup
 
@@ -20,7 +19,7 @@ from saltflat.lab.record import replacing
 from saltflat.lab.report.captions import ends, settings_in_words
 from saltflat.lab.report.drawing import TINY, VARIABLES, WIDTH, wrapped
 from saltflat.lab.report.notation import MISSING, counted, decimal, places_for
-from saltflat.lab.report.page import TEMPLATES
+from saltflat.lab.report.page import templates
 from saltflat.lab.report.plates import Plate
 from saltflat.lab.report.tables import Body, Cell, Column, Row, Table
 from saltflat.lab.report.words import Sentence
@@ -60,25 +59,21 @@ def write(report: Mapping[str, Any], folder: Path) -> list[Sentence]:
 
 def render(process: Process) -> str:
     """The page as text: an equal record gives an equal page."""
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader([TEMPLATE.parent, TEMPLATES]),  # the style is the report's
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    return environment.get_template(TEMPLATE.name).render(
-        title=f"{process.run} over its epochs",
-        extent=f"one run, {process.recipe}, seed {process.seed}, {counted(len(process.moments), 'measured epoch')}",
-        headline=headline(process),
-        followed=followed_plate(process),
-        landscape=landscape_plate(process),
-        table=epochs_table(process),
-        settings=settings(process),
-        notes=notes(process),
-        variables=VARIABLES | {ink: name for name, ink in variables(RAMP).items()},
-        dark=variables(DARK_RAMP),
+    return (
+        templates(TEMPLATE.parent)
+        .get_template(TEMPLATE.name)
+        .render(  # the style is the report's
+            title=f"{process.run} over its epochs",
+            extent=f"one run, {process.recipe}, seed {process.seed}, {counted(len(process.moments), 'measured epoch')}",
+            headline=headline(process),
+            followed=followed_plate(process),
+            landscape=landscape_plate(process),
+            table=epochs_table(process),
+            settings=settings(process),
+            notes=notes(process),
+            variables=VARIABLES | {ink: name for name, ink in variables(RAMP).items()},
+            dark=variables(DARK_RAMP),
+        )
     )
 
 
