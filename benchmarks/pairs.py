@@ -281,7 +281,7 @@ def _work(pipe: Connection, contender: Contender) -> None:
             word, *details = pipe.recv()
             pipe.send((False, peak() if word == "peak" else _turn(step, *details, contender.steps)))
     except (EOFError, BrokenPipeError, KeyboardInterrupt):
-        return
+        os._exit(0)  # at once: there is nothing to tidy up
     except Exception:
         pipe.send((True, traceback.format_exc()))
 

@@ -332,8 +332,8 @@ def _kept(given: Assumed, gpus: Sequence[int]) -> Part:
         rows.append([name, f"{of.weights / 1e6:,.0f}", f"{2 * of.weights / 1e6:,.0f}", f"{size / 1e9:.2f}", *cells])
     words = (
         "**What is sent and kept**: megabytes of weights, and of a step's two gradients; gigabytes of a checkpoint "
-        "with momentum and moving average; how often writing one loses least, and what share of the time is then lost to "
-        "writing and to failures, by the number of GPUs."
+        "with momentum and moving average; how often writing one loses least, and the share of time that is then lost "
+        "to writing and to failures, by the number of GPUs."
     )
     return words, ("", "weights, MB", "gradients, MB", "checkpoint, GB", *map(str, gpus)), rows
 

@@ -8,16 +8,17 @@ wrote. Between the marks
 
     <!-- generated: FOLDER -->   ...   <!-- end -->
 
-in a record's README stands what this script wrote; the project's README has a shorter form. A test fails when that is
-not what the script would write now.
+in a record's README stands what this script wrote; the project's README has a shorter form, and docs/scaling.md the
+same, beside what `benchmarks/scaling_model.py` plans, in a block named `plan`. A test fails when that is not what the
+script would write now.
 """
 
 import json
 import re
 from pathlib import Path
 
-from benchmarks import speedrun
-from benchmarks.tables import compared
+from benchmarks import scaling_model, speedrun
+from benchmarks.tables import compared, planned
 from saltflat.lab.report import markdown
 from saltflat.lab.study import markdown as study
 
@@ -27,7 +28,7 @@ BLOCK = re.compile(r"(<!-- generated: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 def pages() -> list[Path]:
     """The files that hold generated blocks."""
-    return [ROOT / "README.md", *sorted((ROOT / "records").glob("*/README.md"))]
+    return [ROOT / "README.md", ROOT / "docs" / "scaling.md", *sorted((ROOT / "records").glob("*/README.md"))]
 
 
 def generated(page: Path) -> str:
@@ -35,7 +36,7 @@ def generated(page: Path) -> str:
 
     def block(match: re.Match[str]) -> str:
         record = ROOT / "records" / match[2]
-        made = _shown(record, page.parent == record)
+        made = _plan() if match[2] == "plan" else _shown(record, page.parent == record)
         return f"{match[1]}\n{made}\n\n{match[3]}"
 
     return BLOCK.sub(block, page.read_text())
@@ -48,6 +49,11 @@ def _shown(record: Path, whole: bool) -> str:
     if (record / "table.json").is_file():
         return study.summary(record) if whole else study.brief(record, pictures)
     return "\n\n".join([compared(record), *(markdown_of(path) for path in sorted(record.glob("speedrun*.json")))])
+
+
+def _plan() -> str:
+    given = scaling_model.Assumed()
+    return f"{planned(scaling_model.plan(given))}\n\nAssumed: {scaling_model.in_words(given)}."
 
 
 def markdown_of(path: Path) -> str:

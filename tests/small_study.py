@@ -1,14 +1,16 @@
-"""A study of a few models that train in a second: `python -m small_study FOLDER WORKERS [EXECUTOR]`."""
+"""A study of a few models that train in a second: `python -m small_study FOLDER WORKERS`."""
 
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from saltflat.lab.gaps import How as GapHow
 from saltflat.lab.measures import How
-from saltflat.lab.study import executors, gap, grid
+from saltflat.lab.study import gap, grid
 from saltflat.lab.study.models import Plan, Task, Trained
+from saltflat.lab.study.workers import processes
 
 HOW = How(examples=20, batch_size=10, steps=2, draws=2, climbs=1, restarts=0, directions=1, probes=6)
 PLAN = Plan(("average", "norms"), HOW, GapHow(30, 30, 2, 10), again=("average",))
@@ -37,5 +39,4 @@ def asked(folder: Path) -> gap.Asked:
 
 
 if __name__ == "__main__":
-    to, workers, *executor = sys.argv[1:]
-    gap.study(asked(Path(to)), Path(to), executors.named(*(executor or ["local"]), int(workers), "cpu"))
+    gap.study(asked(Path(sys.argv[1])), Path(sys.argv[1]), partial(processes, int(sys.argv[2])))

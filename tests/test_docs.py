@@ -2,6 +2,7 @@
 
 import re
 import shlex
+import subprocess
 from collections import Counter
 from pathlib import Path
 
@@ -21,18 +22,31 @@ def blocks(page: str, language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", PAGES[page], re.DOTALL | re.MULTILINE)
 
 
+def command_of(line: str) -> str | None:
+    """What of a line is for `saltflat`, be it started by itself or by torchrun, python or a script of Slurm's."""
+    found = re.match(r"(?:torchrun .*-m )?(saltflat .*)", line.partition(" #")[0].rstrip(" &'"))
+    return found and found[1]
+
+
 COMMANDS = [
-    (page, line.partition("#")[0].strip())
+    (page, command)
     for page in PAGES
-    for block in blocks(page, "sh")
+    for language in ("sh", "bash")
+    for block in blocks(page, language)
     for line in block.splitlines()
-    if line.startswith("saltflat ")
+    if (command := command_of(line.strip()))
 ]
 
 
 @pytest.mark.parametrize(("page", "command"), COMMANDS)
 def test_the_commands_can_be_parsed(page, command):
     assert callable(parsed(shlex.split(command)[1:]))
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "bash")])
+def test_scripts_are_whole(page):
+    for block in blocks(page, "bash"):
+        assert subprocess.run(["bash", "-n"], input=block, text=True, capture_output=True).stderr == ""
 
 
 def test_the_python_blocks_of_the_family_run_one_after_the_other():

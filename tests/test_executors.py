@@ -78,6 +78,12 @@ def test_an_executor_may_lie_in_the_current_folder_and_is_left_at_the_end(tmp_pa
     del sys.modules["engines_of_mine"]
 
 
+def test_processes_of_torchrun_are_refused_since_workers_would_wait_for_each_other(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(BadInput, match="executor: expected a process by itself, got one of torchrun's 2"):
+        executors.named("local", 0, "cpu")
+
+
 def test_threads_of_the_study_s_own_process_are_refused(tmp_path):
     with ThreadPoolExecutor(2) as pool:
         with pytest.raises(BadInput, match="executor: expected one that works in other processes, got threads"):
@@ -241,9 +247,9 @@ def cluster(tmp_path_factory):
 
 
 def started(folder: Path, *words: str) -> subprocess.Popen:
-    """The small study, in a folder seen from its parent."""
+    """The grid, in a folder seen from its parent."""
     return subprocess.Popen(
-        [sys.executable, "-m", "small_study", folder.name, *words],
+        [sys.executable, "-m", "small_grid", folder.name, *words],
         cwd=folder.parent,
         env={**os.environ, "PYTHONPATH": str(HERE)},
         stdout=subprocess.PIPE,
@@ -265,15 +271,14 @@ def wait_for_an_epoch(folder: Path, process: subprocess.Popen) -> None:
 
 
 def check_equal(found: Path, expected: Path) -> None:
-    for name in ("table.json", "findings.json", "gap.csv"):
-        assert (found / name).read_bytes() == (expected / name).read_bytes()
+    assert (found / "rows.json").read_bytes() == (expected / "rows.json").read_bytes()
     for path in expected.glob("models/*/checkpoints/*.safetensors"):
         assert (found / path.relative_to(expected)).read_bytes() == path.read_bytes()
 
 
 def check_trained_once(folder: Path) -> None:
     models = list((folder / "models").iterdir())
-    assert len(models) == 6
+    assert len(models) == 4
     for model in models:
         assert len((model / "metrics.jsonl").read_text().splitlines()) == 3
         assert (folder / "logs" / f"{model.name}.log").read_text().count("at, seed 0: 60 images") == 1
@@ -281,11 +286,11 @@ def check_trained_once(folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """The small study, by two processes here."""
+    """The grid, by two processes here."""
     folder = tmp_path_factory.mktemp("local") / "study"
     out, err = (process := started(folder, "2")).communicate()
     assert process.returncode == 0, err
-    assert "6/6" in out
+    assert "4/4" in out
     check_trained_once(folder)
     return folder
 
@@ -328,7 +333,7 @@ def test_a_local_worker_that_is_killed_ends_the_study_and_the_same_command_goes_
     _, err = process.communicate()
     assert process.returncode == 1
     assert "OSError: a worker ended without a word" in err.splitlines()[-1]
-    assert not (tmp_path / "study" / "table.json").exists()
+    assert not (tmp_path / "study" / "rows.json").exists()
     again = started(tmp_path / "study", "2")
     _, err = again.communicate()
     assert again.returncode == 0, err

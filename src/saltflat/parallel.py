@@ -282,7 +282,7 @@ class Replicated:
         self.model = model
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # newer torch has another name, which older torch has not
-            self.called = nn.parallel.DistributedDataParallel(
+            self.called: nn.Module = nn.parallel.DistributedDataParallel(
                 model, device_ids=[gpu] if gpu.type == "cuda" else None, broadcast_buffers=False
             )
 

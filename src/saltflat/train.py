@@ -471,7 +471,7 @@ def _not_finite(model: nn.Module) -> str | None:
     """The name of a weight or a running statistic that is not; gradients in train mode know nothing of the latter, and
     an attack that meets them does nothing. Other buffers, such as masks, may be infinite.
     """
-    looked_at = dict(model.named_parameters())
+    looked_at: dict[str, Tensor] = dict(model.named_parameters())
     for name, module in model.named_modules():
         if isinstance(module, nn.modules.batchnorm._NormBase):
             looked_at |= {f"{name}.{key}": of for key, of in module.named_buffers(recurse=False)}

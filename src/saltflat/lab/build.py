@@ -153,7 +153,7 @@ def with_extra(sets: Sets, config: Train) -> Sets:
         return sets
     try:
         if not path.is_dir():
-            return replace(sets, extra=datasets.labelled(path, like=own))
+            return replace(sets, extra=datasets.labelled(path, like=sets.measured["train"]))
         extra = datasets.svhn_extra(path)
         if (shape_of(extra), extra.num_classes) != (shape_of(own), own.num_classes):
             shapes = [(*shape_of(of), of.num_classes) for of in (own, extra)]

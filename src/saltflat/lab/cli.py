@@ -22,6 +22,7 @@ from saltflat.lab.commands.frame import Job, app, study_app
 from saltflat.lab.config import BadInput, Interrupted, one_line
 
 KNOWN = (making, measuring, studies)  # a command is known once its file is imported, and in this order
+SHARED = ("train", "evaluate", "landscape", "flatness")  # what many processes do together
 MARKERS = (tyro.conf.OmitSubcommandPrefixes, tyro.conf.AvoidSubcommands, tyro.conf.CascadeSubcommandArgs)
 
 
@@ -80,6 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"saltflat {__version__}")
         return
     try:
+        _check_shared(words)
         parsed(words)()
     except BadInput as error:
         _complain(error)
@@ -94,6 +96,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def _check_shared(words: Sequence[str]) -> None:
+    """BadInput for a command that every process of torchrun would run for itself."""
+    if os.environ.get("WORLD_SIZE", "1") != "1" and words and words[0] not in SHARED:
+        raise BadInput(
+            f"{words[0]}: torchrun's processes share {', '.join(SHARED)}; expected one process"
+            f"{', with an --executor for its models' if words[0] in ('study', 'demo') else ''}"
+        )
 
 
 def _complain(error: Exception) -> None:

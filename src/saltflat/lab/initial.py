@@ -10,14 +10,14 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from saltflat.data import Images
+from saltflat.data import Images, Stored
 from saltflat.lab import build, checkpoints, record
 from saltflat.lab.config import BadInput, Train
 from saltflat.models import published
 from saltflat.models.state_dicts import read_state
 
 
-def begun(config: Train, like: Images) -> nn.Module:
+def begun(config: Train, like: Images | Stored) -> nn.Module:
     """The network for such images, on the CPU. BadInput for a checkpoint that cannot be begun with."""
     model, path = build.network(config, like), config.model.initial
     if path is None:

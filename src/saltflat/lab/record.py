@@ -37,7 +37,7 @@ from saltflat.lab.config import BadInput, Train, as_text, from_text, read_yaml
 
 DECIDES = "# decides: "  # the first line of a config.yaml, before a digest
 # Where, and on how many threads, a run goes on may change, and what is kept of it
-FREE = ("device", "threads", "keep_every", "checkpoint_minutes")
+FREE: tuple[str, ...] = ("device", "threads", "keep_every", "checkpoint_minutes")
 FREE += ("data.path", "data.workers", "extra.path", "model.initial")
 
 

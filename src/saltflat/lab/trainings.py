@@ -24,7 +24,7 @@ import torch
 from torch import nn
 
 from saltflat import parallel
-from saltflat.data import Images
+from saltflat.data import Images, Stored
 from saltflat.lab import build, checkpoints, initial, memory, record
 from saltflat.lab.climbing import check_compiles
 from saltflat.lab.config import BadInput, Interrupted, Train, checked
@@ -212,7 +212,7 @@ def drops(config: Train) -> list[int]:
     return [epoch for epoch in whole if epoch > 0]
 
 
-def _ready(config: Train, network: Callable[[Train, Images], nn.Module]) -> Ready:
+def _ready(config: Train, network: Callable[[Train, Images | Stored], nn.Module]) -> Ready:
     if config.threads > (os.cpu_count() or 1):
         raise BadInput(f"threads: expected at most this machine's {os.cpu_count()} cores, got {config.threads}")
     if config.threads:
@@ -360,7 +360,9 @@ def _batches_in_words(config: Train) -> str:
 
 @contextmanager
 def _told_to_stop() -> Iterator[list[str]]:
-    """Signals that arrive inside, by name, in place of what they would do. In the main thread alone."""
+    """Signals that arrive inside, by name, in place of what they would do. In the main thread alone. Of many processes,
+    one that fails deafens itself: it is about to end, and says why before torchrun's SIGTERM can make it.
+    """
     told: list[str] = []
     if threading.current_thread() is not threading.main_thread():
         yield told
@@ -371,6 +373,10 @@ def _told_to_stop() -> Iterator[list[str]]:
     }
     try:
         yield told
+    except Exception:
+        if parallel.ranks() > 1:
+            before = dict.fromkeys(before, signal.SIG_IGN)
+        raise
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

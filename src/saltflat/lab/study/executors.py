@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import os
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
+from saltflat import parallel
 from saltflat.lab import build
 from saltflat.lab.config import BadInput
 from saltflat.lab.console import say
@@ -31,6 +33,11 @@ def named(name: str, workers: int, device: str, threads: int = 0) -> Engine:
         device: that models are worked on; of other machines nothing is known, and nothing is checked.
         threads: of each worker, if the models' configs say so.
     """
+    if parallel.launched():
+        raise BadInput(
+            f"executor: expected a process by itself, got one of torchrun's {os.environ['WORLD_SIZE']}: models are worked "
+            "on side by side through --workers or --executor, each by one process"
+        )
     if name == LOCAL:
         fitting = max(1, build.workers(device) // max(1, threads))
         return partial(processes, workers or fitting)
@@ -48,11 +55,11 @@ def _dask(address: str) -> Iterator[Executor]:
     pure=False: what was asked before is asked again, since the folders may have changed in between.
     """
     try:
-        from distributed import Client
+        dask: Any = importlib.import_module("distributed")  # its types are half there
     except ImportError:
         raise BadInput("executor: Dask is not installed; pip install distributed, or saltflat[cluster]") from None
     try:
-        client = Client(address, timeout=PATIENCE, set_as_default=False)
+        client = dask.Client(address, timeout=PATIENCE, set_as_default=False)
     except (OSError, ValueError) as error:
         why = " ".join(str(error).split())
         raise BadInput(f"executor: expected a Dask scheduler at {address!r}, got none: {why}") from None
@@ -63,7 +70,8 @@ def _dask(address: str) -> Iterator[Executor]:
             say(
                 "a worker of several threads takes one model at a time all the same; --nthreads 1 lets others have them"
             )
-        yield client.get_executor(pure=False)
+        executor: Executor = client.get_executor(pure=False)
+        yield executor
 
 
 def _imported(name: str) -> Callable[[], Any]:
