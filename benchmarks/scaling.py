@@ -11,7 +11,7 @@ sharded, on the network itself. Contenders take turns (`pairs`), each process wi
                                caches, memory and whatever else the machine has once
     2 processes, DDP, FSDP2    n rows each (weak scaling); half the rows: n / 2 each, the batch of one process (strong)
     1 process, 2 threads       2 n rows
-    ... on itself              the attack on the network itself, which is what FSDP2's steps compute
+    ..., FSDP2                 of one process: what its steps compute and copy, without anybody to exchange it with
 
 and alone, between two processes: an all-reduce of the model's gradient, and of a single number; a gather and a scatter
 of it; and, by one process, a checkpoint as a run writes it, on the disk when its turn ends (in `--folder`).
@@ -28,7 +28,7 @@ from __future__ import annotations
 import argparse
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -56,6 +56,7 @@ from saltflat.random import Rows, seeded
 from saltflat.step import Step, itself
 
 PROCESSES = 2
+EXCHANGED, NUMBER = ("all-reduce", "gather", "scatter"), "all-reduce of a number"  # alone
 SPREADS: dict[str, Callable[[nn.Module], Spread]] = {
     "alone": Alone,
     "DDP": Replicated,
@@ -64,24 +65,27 @@ SPREADS: dict[str, Callable[[nn.Module], Spread]] = {
 _together = ExitStack()  # what a process of several has entered, until it ends
 
 
-def joined() -> None:
-    """This process and the others of its contender are ranks of each other from now on."""
-    _together.enter_context(parallel.together())
+def joined(by_itself: bool = False) -> None:
+    """This process and the others of its contender are ranks of each other from now on; or it is the only one."""
+    if by_itself:
+        _together.enter_context(parallel.together(store=distributed.HashStore(), rank=0, world_size=1))
+    else:
+        _together.enter_context(parallel.together())
 
 
-def stepping(setting: Setting, *, spread: str = "alone", on_itself: bool = False, ascent: bool = True) -> Any:
-    """A step of AT-AWP, or of AT without an ascent, of this process' rows."""
+def stepping(setting: Setting, *, spread: str = "alone", by_itself: bool = False) -> Any:
+    """A step of AT-AWP, of this process' rows."""
     memory.keep()
     if spread != "alone":
-        joined()
+        joined(by_itself)
     model, batch = started(setting)
     model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     laid = SPREADS[spread](model)
     optimizer = sgd(model, setting, fused=spread != "FSDP2")  # shards have no fused form
-    lean = {} if on_itself or spread == "FSDP2" else climbed_on(setting, "eval", "fp32", False)
+    lean = {} if spread == "FSDP2" else climbed_on(setting, "eval", "fp32", False)
     total, draws = setting.batch_size * parallel.ranks(), seeded(setting.seed)
     given: dict[str, Any] = {
-        "ball": Layerwise(setting.gamma) if ascent else None,
+        "ball": Layerwise(setting.gamma),
         "attack": PGD(Linf(setting.eps), setting.step_size, setting.steps),
         "attack_on": parallel.on_raw(lean.get("attack_on", itself)),
         "optimizer": optimizer,
@@ -160,8 +164,7 @@ def entries(setting: Setting, folder: str) -> list[Entry]:
     """All of them, in the order of their turns; the first is what rows a second are told in."""
     n = setting.batch_size
     one, half, two = setting, replace(setting, batch_size=n // 2), replace(setting, threads=2, batch_size=2 * n)
-    itself = partial(stepping, on_itself=True)
-    pair, pair_itself = ("2 side by side", "1 process"), ("2 side by side, on itself", "1 process, on itself")
+    sharded = partial(stepping, spread="FSDP2", by_itself=True)
 
     def entry(name: str, make: Any, of: Setting, processes: int = 1, **more: Any) -> Entry:
         return Entry(Contender(name, make, of, processes=processes), of.batch_size, **more)
@@ -169,21 +172,21 @@ def entries(setting: Setting, folder: str) -> list[Entry]:
     found = [
         entry("1 process", stepping, one),
         entry("1 process, half the rows", stepping, half),
-        entry("1 process, on itself", itself, one),
-        entry("1 process, on itself, half the rows", itself, half),
+        entry("1 process, FSDP2", sharded, one),
+        entry("1 process, FSDP2, half the rows", sharded, half),
         entry("1 process, 2 threads, twice the rows", stepping, two),
         entry("2 side by side", stepping, one, 2),
-        entry("2 side by side, on itself", itself, one, 2),
+        entry("2 side by side, FSDP2", sharded, one, 2),
     ]
-    for laid, whole, beside in (("DDP", "1 process", pair), ("FSDP2", "1 process, on itself", pair_itself)):
-        make = partial(stepping, spread=laid)
-        for of, more in ((one, ""), (half, ", half the rows")):
-            name = f"2 processes, {laid}{more}"
-            found.append(entry(name, make, of, 2, alone=f"{whole}{more}", beside=beside, sends=laid))
-    alone = {kind: partial(exchanging, kind=kind) for kind in ("all-reduce", "gather", "scatter")}
-    found += [Entry(Contender(kind, make, one, processes=2)) for kind, make in alone.items()]
+    for laid, kind in (("DDP", ""), ("FSDP2", ", FSDP2")):
+        make, beside = partial(stepping, spread=laid), (f"2 side by side{kind}", f"1 process{kind}")
+        for of, rows in ((one, ""), (half, ", half the rows")):
+            name, alone = f"2 processes, {laid}{rows}", f"1 process{kind}{rows}"
+            found.append(entry(name, make, of, 2, alone=alone, beside=beside, sends=laid))
+    exchanges = {kind: partial(exchanging, kind=kind) for kind in EXCHANGED}
+    found += [Entry(Contender(kind, make, one, processes=2)) for kind, make in exchanges.items()]
     number = partial(exchanging, kind="all-reduce", number=True)
-    found.append(Entry(Contender("all-reduce of a number", number, one, processes=2)))
+    found.append(Entry(Contender(NUMBER, number, one, processes=2)))
     return [*found, Entry(Contender("checkpoint", partial(writing, folder=folder), one))]
 
 
@@ -273,7 +276,7 @@ def judged(everybody: list[Entry], turns: Mapping[str, Any], counted: Mapping[st
             theirs = zip(seconds[first.contender.name], seconds[name], strict=True)
             of |= {"rows": entry.rows, "threads": entry.contender.setting.threads}
             of["rows_a_second"] = spread([rate * one / own for one, own in theirs])
-        if entry.sends and {entry.alone, *entry.beside, *NEEDED}.issubset(seconds):
+        if entry.sends and needed(entry, counted) <= seconds.keys():
             parts = [predicted(entry, {n: each[i] for n, each in seconds.items()}, counted, size) for i in rounds]
             totals = [sum(part.values()) for part in parts]
             of["predicted"] = spread(totals)
@@ -283,20 +286,23 @@ def judged(everybody: list[Entry], turns: Mapping[str, Any], counted: Mapping[st
     return summary
 
 
-NEEDED = ("all-reduce", "gather", "scatter", "all-reduce of a number")  # alone, for predictions
+def needed(entry: Entry, counted: Mapping[str, Any]) -> set[str]:
+    """Whose seconds a prediction is made of."""
+    return {entry.alone, *entry.beside, NUMBER, *({*counted[entry.sends], "all-reduce"} - {"broadcast"})}
 
 
-def links(seconds: Mapping[str, float], size: int) -> dict[str, Link]:
-    """Of what collectives took alone."""
-    latency = seconds["all-reduce of a number"] / messages("all-reduce", PROCESSES)
-    found = {kind: link_of(kind, PROCESSES, size, seconds[kind], latency) for kind in NEEDED[:3]}
-    return found | {"broadcast": found["all-reduce"]}
+def links(seconds: Mapping[str, float], size: int, kinds: Iterable[str]) -> dict[str, Link]:
+    """Of what collectives took alone; broadcasts go over that of all-reduces."""
+    latency = seconds[NUMBER] / messages("all-reduce", PROCESSES)
+    alone = {kind: "all-reduce" if kind == "broadcast" else kind for kind in kinds}
+    return {kind: link_of(other, PROCESSES, size, seconds[other], latency) for kind, other in alone.items()}
 
 
 def predicted(entry: Entry, seconds: Mapping[str, float], counted: Mapping[str, Any], size: int) -> dict[str, float]:
     """Seconds of compute, of sharing the machine, and of communication; of one round."""
     compute, (together, alone) = seconds[entry.alone], entry.beside
-    sharing, over, sends = seconds[together] / seconds[alone], links(seconds, size), counted[entry.sends]
+    sharing, sends = seconds[together] / seconds[alone], counted[entry.sends]
+    over = links(seconds, size, sends)
     whole = step_seconds(compute, sends, PROCESSES, over, sharing)
     talk = communication(sends, PROCESSES, over)
     return {"compute": compute, "sharing": whole - talk - compute, "communication": talk}
@@ -354,7 +360,7 @@ def main() -> None:
     summary = judged(everybody, turns, counted, weights)
     sizes = {
         name: size
-        for name, size in zip((*NEEDED[:3], "checkpoint"), [weights] * 3 + written, strict=False)
+        for name, size in zip((*EXCHANGED, "checkpoint"), [weights] * 3 + written, strict=False)
         if name in summary
     }
     print(shown(summary, counted, sizes))

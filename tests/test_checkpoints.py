@@ -5,7 +5,7 @@ import os
 
 import pytest
 import torch
-from damaged import damages
+from damaged import damages, read_or_refused
 from hypothesis import given
 from hypothesis import strategies as st
 from networks import equal_states, state
@@ -149,14 +149,10 @@ def test_every_byte_of_weights_counts(tmp_path):
         path.write_bytes(content)
         other = network()
         before = state(other)
-        try:
-            load_weights(path, other)
-        except BadInput as error:
-            assert "\n" not in str(error)
-            assert equal_states(state(other), before)
+        line = read_or_refused(lambda path, other=other: load_weights(path, other), path)
+        if line is not None:
             refused.append(at)
-        else:
-            assert equal_states(state(other), expected), at
+        assert equal_states(state(other), expected if line is None else before), at
     assert set(range(header, len(whole))) <= set(refused)
     assert len(refused) >= len(whole) - 8  # the header ends in spaces, which may be other white space
 

@@ -175,7 +175,10 @@ def bad_inputs(folder: Path) -> dict[str, tuple[list[str], str]]:
             "optimizer.batch_size: 61 images in batches of 20 leave one of a single image",
         ),
         "device of another kind": ([*train, "--device", "meta"], "device: expected auto or one of cpu"),
-        "even points": (["landscape", str(folder), "--points", "4"], "points: expected an odd number >= 3, got 4"),
+        "even points": (
+            ["landscape", str(folder), "--points", "4"],
+            "points: expected an odd number >= 3, and at most 9999, got 4",
+        ),
         "unknown split": (["evaluate", str(folder), "--split", "tset"], "'--split'. Expected one of"),
     }
 
@@ -455,7 +458,9 @@ def test_landscapes_and_flatness_of_what_cannot_be_measured_are_refused(trained,
     assert "checkpoint: expected one of none yet" in refused("landscape", bare)
     assert "checkpoint: expected one of best, last" in refused("flatness", trained[0], "--checkpoint", "epoch-1")
     assert "expected one architecture on one axis, got conv1.weight" in refused("landscape", trained[0], other)
-    assert "points: expected an odd number >= 3, got 1" in refused("landscape", trained[0], "--points", "1")
+    assert "points: expected an odd number >= 3, and at most 9999, got 1" in refused(
+        "landscape", trained[0], "--points", "1"
+    )
     assert "reach" in refused("landscape", trained[0], "--reach", "0")
     directions = ("--directions", "2")
     assert "expected 1 unless" in refused("landscape", trained[0], *directions, "--direction", "adversarial")

@@ -15,6 +15,7 @@ import sys
 import time
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -127,12 +128,41 @@ def test_killed_at_random_and_again_while_it_goes_on_a_run_ends_equal(forking, w
     assert forking.kills - before >= 6
 
 
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="which file is flushed is asked of /proc")
+def test_what_gets_its_name_is_on_the_disk_before_and_the_name_is_after(tmp_path, monkeypatch):
+    """Of a power cut, kills tell nothing: this is what must not be out of order."""
+    done, fsync = [], os.fsync
+
+    def flushed(handle):
+        done.append(("flushed", Path(f"/proc/self/fd/{handle}").resolve()))
+        fsync(handle)
+
+    def noted(method):
+        def named(path, target):
+            done.append(("named", path, Path(target)))
+            return method(path, target)
+
+        return named
+
+    monkeypatch.setattr(os, "fsync", flushed)
+    for name in ("replace", "rename"):
+        monkeypatch.setattr(Path, name, noted(getattr(Path, name)))
+    run("train", "at", *WORDS, "--optimizer.epochs", "1", "--out", tmp_path / "run")
+    named = [number for number, (what, *_) in enumerate(done) if what == "named"]
+    assert len(named) >= 3 + 1 + 2 + 1  # of the folder's files, the folder, weights, a state
+    for number in named:
+        _, before, after = done[number]
+        assert ("flushed", before) in done[:number]
+        assert ("flushed", after.parent) in done[number:]
+    assert ("flushed", tmp_path / "run" / "metrics.jsonl") in done
+
+
 # Whole commands
 
 
 WORDS = [
     "--threads", "1", "--data.examples", "38", "--data.validation-examples", "20", "--model.name", "mlp",
-    "--model.width", "6", "--attack.steps", "2", "--optimizer.epochs", "40", "--optimizer.batch-size", "10",
+    "--model.width", "6", "--attack.steps", "2", "--optimizer.epochs", "30", "--optimizer.batch-size", "10",
     "--evaluation.examples", "20", "--evaluation.steps", "1", "--checkpoint-minutes", "1e-3",
 ]  # fmt: skip
 
@@ -170,7 +200,7 @@ def test_a_command_that_is_killed_as_it_starts_and_at_work_ends_equal_when_it_is
         process = command(out)
         told = process.communicate(timeout=60)
         assert (process.returncode, told[1]) == (0, "")
-    assert told[0] == f"{out} is finished: 40 epochs.\n"
+    assert told[0] == f"{out} is finished: 30 epochs.\n"
     run("train", "at-awp", *WORDS, "--out", tmp_path / "whole")
     assert differences(out, tmp_path / "whole") == []
 

@@ -16,8 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from saltflat.lab.config import BadInput, Train, as_text, checked, from_text
-from saltflat.lab.record import read_config
 from saltflat.lab.recipes import RECIPES
+from saltflat.lab.record import read_config
 
 
 def leaves(of: type, prefix: str = "") -> dict[str, Any]:

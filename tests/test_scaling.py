@@ -4,8 +4,12 @@ import doctest
 import json
 import math
 import os
+import re
+import signal
+import socket
 import subprocess
 import sys
+import time
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -172,15 +176,14 @@ def test_more_gpus_shorten_a_pass_and_lengthen_a_step():
 def turns(sharing=1.25, half=0.5, rounds=(1.0, 2.0)):
     """Seconds as the model has them, for rounds in which the machine was faster or slower."""
     over = {kind: Link(1e-3, 1e9) for kind in KINDS}
-    seconds = {
-        "1 process": 1.0, "1 process, half the rows": half, "2 side by side": sharing, "1 process, on itself": 2.0,
-        "1 process, on itself, half the rows": 2 * half, "2 side by side, on itself": 2 * sharing,
-    }  # fmt: skip
-    for spread, base in (("DDP", "1 process"), ("FSDP2", "1 process, on itself")):
+    seconds = {}
+    for spread, kind, base in (("DDP", "", 1.0), ("FSDP2", ", FSDP2", 2.0)):
+        seconds |= {f"1 process{kind}": base, f"1 process{kind}, half the rows": half * base}
+        seconds[f"2 side by side{kind}"] = sharing * base
         talk = scaling_model.communication(SENT[spread], 2, over)
         for rows in ("", ", half the rows"):
-            seconds[f"2 processes, {spread}{rows}"] = sharing * seconds[f"{base}{rows}"] + talk
-    for kind in ("all-reduce", "gather", "scatter"):
+            seconds[f"2 processes, {spread}{rows}"] = sharing * seconds[f"1 process{kind}{rows}"] + talk
+    for kind in scaling.EXCHANGED:
         seconds[kind] = scaling_model.communication({kind: Sent(1, SIZE)}, 2, over)
     seconds["all-reduce of a number"] = 2e-3
     seconds |= {"1 process, 2 threads, twice the rows": 1.5, "checkpoint": 0.1}
@@ -256,19 +259,11 @@ def measured(tmp_path_factory):
     cores are busy.
     """
     folder = tmp_path_factory.mktemp("scaling")
-    names = [
-        "1 process",
-        "2 side by side",
-        "2 processes, ???",
-        "2 processes, FSDP2",
-        "all-reduce*",
-        "gather",
-        "scatter",
-    ]
+    names = ["1 process", "2 side by side", "2 processes, DDP", "all-reduce*", "checkpoint"]
     words = ["--network", "small-resnet", "--width", "4", "--batch-size", "4", "--size", "8", "--steps", "2"]
     words += ["--rounds", "2", "--warm-up", "1", "--out", str(folder / "scaling.json"), "--folder", str(folder)]
     run = subprocess.run(
-        [sys.executable, str(BENCHMARKS / "scaling.py"), *words, "--contenders", *names, "checkpoint"],
+        [sys.executable, str(BENCHMARKS / "scaling.py"), *words, "--contenders", *names],
         capture_output=True, text=True, timeout=200, env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert run.returncode == 0, run.stderr
@@ -309,3 +304,67 @@ def test_alone_is_a_spread_that_sends_nothing():
         scaling.stepping(SMALL)()
     assert found == {}
     assert scaling.SPREADS["alone"] is Alone
+
+
+SRUN = """#!/usr/bin/env bash
+# Two tasks, told apart as Slurm tells them apart; signals go on to both, and the highest exit code comes back
+while [[ $1 == --* ]]; do shift; done
+export SLURM_NTASKS=2
+for task in 0 1; do SLURM_PROCID=$task SLURM_LOCALID=$task "$@" & tasks+=($!); done
+trap 'kill -TERM "${tasks[@]}"' TERM
+for task in "${tasks[@]}"; do
+    wait $task; found=$?
+    while kill -0 $task 2> /dev/null; do wait $task; found=$?; done
+    (( found > code )) && code=$found
+done
+exit ${code:-0}
+"""
+SCONTROL = """#!/usr/bin/env bash
+if [ "$1" = show ]; then echo 127.0.0.1; else echo "$@" >> requeued; fi
+"""
+
+
+@pytest.mark.slow
+def test_the_script_for_slurm_saves_and_is_put_back_into_the_queue(tmp_path):
+    (script,) = re.findall(r"^```bash\n(.*?)^```", (ROOT / "docs" / "scaling.md").read_text(), re.DOTALL | re.MULTILINE)
+    words = (
+        "at-awp --data.examples 100 --optimizer.batch-size 20 --evaluation.examples 50 --evaluation.steps 1 --threads 1"
+    )
+    asked = script.replace("cifar10-at-awp --data.path /shared/cifar-10-python.tar.gz", words)
+    asked = asked.replace("/shared/runs", str(tmp_path)).replace("29500", str(free_port()))
+    assert asked.count(str(tmp_path)) == asked.count(words) == 1
+    (tmp_path / "job.sh").write_text(asked)
+    for name, content in {"srun": SRUN, "scontrol": SCONTROL}.items():
+        (tmp_path / name).write_text(content)
+        (tmp_path / name).chmod(0o755)
+    path = f"{tmp_path}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+    names = {**os.environ, "PATH": path, "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "here"}
+    metrics, kept = tmp_path / "many" / "metrics.jsonl", tmp_path / "many" / "checkpoints"
+
+    def told_when(condition):
+        job = subprocess.Popen(["bash", "job.sh"], cwd=tmp_path, env=names, stdout=subprocess.PIPE, text=True)
+        end = time.monotonic() + 100
+        while not condition():
+            assert job.poll() is None, job.communicate()[0]
+            assert time.monotonic() < end
+            time.sleep(0.1)
+        job.send_signal(signal.SIGTERM)
+        said, _ = job.communicate(timeout=100)
+        assert job.returncode == 75, said
+        return said
+
+    assert "2 processes x 10" in told_when(metrics.exists)
+    before = newest(kept)
+    assert before > 0
+    told_when(lambda: newest(kept) > before)
+    assert (tmp_path / "requeued").read_text() == "requeue 7\n" * 2
+
+
+def free_port():
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        return free.getsockname()[1]
+
+
+def newest(folder):
+    """The step that the last checkpoint is of."""
+    return max(int(path.name.split("-")[1]) for path in checkpoints.states(folder))

@@ -340,6 +340,14 @@ def test_a_table_is_read_as_it_was_written(tmp_path: Path) -> None:
     assert "NaN" not in (tmp_path / "table.json").read_text()
 
 
+def test_a_table_in_which_a_number_was_changed_is_refused(tmp_path: Path) -> None:
+    path, table = tmp_path / "table.json", grid({"m": "gap"})
+    write_table(replace(table, models=(replace(table.models[0], note="first"), *table.models[1:])), path)
+    path.write_text(path.read_text().replace('"first"', '"fjrst"'))
+    with pytest.raises(BadInput, match="is no table of a study .it is not what was written"):
+        read_table(path)
+
+
 def test_what_is_no_table_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "table.json"
     for text in ("", "[]", "{}", '{"measures": 1, "models": []}', '{"measures": [{}], "models": []}', "{"):

@@ -135,10 +135,15 @@ def test_a_row_holds_what_the_records_say(runs):
     assert rows(task) == [found]  # read again
 
 
+def test_what_decides_nothing_is_no_axis():
+    assert set(record.FREE) - set(grid.NOT_AN_AXIS) == {"model.initial"}  # which decides, but by its content
+    assert not set(grid.axes(RECIPES["at"])) & set(grid.NOT_AN_AXIS)
+
+
 def test_a_training_that_fails_is_rows_with_a_note(tmp_path):
-    (task,) = tasks(tmp_path, rates=(1e30,))
+    (task,) = tasks(tmp_path, rates=(1e16,))
     found = rows(task)
-    assert [row.model.name for row in found] == ["at-1e+30-last", "at-1e+30-best"]
+    assert [row.model.name for row in found] == ["at-1e+16-last", "at-1e+16-best"]
     for row in found:
         assert row.model.targets == {}
         assert "training failed: epoch 2: the gradient of 2 of 2 batches was not finite" in row.model.note
@@ -256,7 +261,9 @@ def test_a_model_of_others_that_cannot_be_used_is_found_before_any_work(tmp_path
             task.source.check()
 
 
-@pytest.mark.parametrize(("text", "why"), [("a: b", "expected a list"), ("{", "cannot read"), ("- [1]", "model 1")])
+@pytest.mark.parametrize(
+    ("text", "why"), [("a: b", "expected a list"), ("{", "listing: .*not YAML of plain values"), ("- [1]", "model 1")]
+)
 def test_a_file_that_is_no_listing_is_refused(tmp_path, text, why):
     (tmp_path / "models.yaml").write_text(text)
     with pytest.raises(BadInput, match=why):

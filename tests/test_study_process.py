@@ -99,4 +99,4 @@ def test_a_run_without_kept_epochs_is_refused_in_one_line(tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         run("study", "process", tmp_path / "run", "--points", "4")
     assert stop.value.code == 2
-    assert "points: expected an odd number >= 3, got 4" in capsys.readouterr().err
+    assert "points: expected an odd number >= 3, and at most 9999, got 4" in capsys.readouterr().err

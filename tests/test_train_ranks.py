@@ -144,6 +144,8 @@ def runs(tmp_path_factory):
     for name in CASES:
         trainings.train(config(name), folder / "one" / folder_of(name))
     trainings.train(stored(folder), folder / "one" / "stored")
+    begun(stored(folder), folder / "stored-stopped", 4)
+    trainings.resume(folder / "stored-stopped")
     trainings.resume(folder / "left")
     torch.set_num_threads(threads)
     return folder, refused
@@ -178,11 +180,12 @@ def test_two_processes_write_the_run_of_one(runs, name):
     assert max(abs(x - y) for x, y in zip(two, one, strict=True)) < 0.04  # an example of 31 on the other side, at most
 
 
-def test_a_run_that_was_told_to_stop_ends_with_the_bits_of_one_that_was_not(runs):
+@pytest.mark.parametrize(("stopped", "whole"), [("stopped", "two/plain"), ("stored-stopped", "one/stored")])
+def test_a_run_that_was_told_to_stop_ends_with_the_bits_of_one_that_was_not(runs, stopped, whole):
     folder, _ = runs
-    assert torch.equal(weights(folder / "stopped"), weights(folder / "two" / "plain"))
-    assert torch.equal(weights(folder / "stopped", "best"), weights(folder / "two" / "plain", "best"))
-    assert metrics(folder / "stopped") == metrics(folder / "two" / "plain")
+    for name in ("last", "best"):
+        assert torch.equal(weights(folder / stopped, name), weights(folder / whole, name))
+    assert metrics(folder / stopped) == metrics(folder / whole)
 
 
 @pytest.mark.parametrize("name", ["left", "handed-over"])

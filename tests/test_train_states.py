@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from saltflat.data import digits, stratified_subset
 from saltflat.lab import build
-from saltflat.lab.config import Attack, Awp, Compute, Data, Evaluation, Extra, Model, Optimizer, Train
+from saltflat.lab.config import Attack, Awp, Data, Evaluation, Model, Optimizer, Train
 from saltflat.step import double_perturbation_step
 from saltflat.train import IN_A_ROW, Diverged, Epoch, Stepped, fit
 
@@ -40,6 +40,7 @@ CASES = {
     "amortised, every second step": {"awp": {"amortised": True, "every": 2}},
     "in two parts": {"optimizer": {"accumulate": 2}},
 }
+REMEMBERING = {"fp16", "adaptive random perturbation", "free"}  # something from one step to the next
 
 
 def small(images, n, skipped=0):
@@ -111,6 +112,9 @@ def test_training_goes_on_from_any_step_to_equal_bits(case, sets):
     untouched, expected, _ = trained(config, sets, take=False)
     assert equal_states(weights, untouched)  # whoever takes states changes nothing
     assert metrics == expected
+    memories = [loaded(states[step])["ranks"][0]["memory"] for step in (1, 2)]
+    assert bool(memories[0]) == (case in REMEMBERING)
+    assert same(*memories) == (case not in REMEMBERING)
     assert not equal_states(weights, state(nn.Sequential(nn.Dropout(), build.network(config, sets[0]))))
     first, middle, last = 1, 2, PER_EPOCH
     for begin in (first, middle, last, PER_EPOCH + 1, EPOCHS * PER_EPOCH, -1):
@@ -141,8 +145,6 @@ def test_a_training_that_is_over_stays_over(sets):
     assert equal_states(weights, again)
     assert not metrics
     assert not later
-
-
 
 
 def until_it_fails(sets, step, epochs, batch_size):
@@ -223,7 +225,14 @@ def test_fewer_than_a_hundred_in_a_row_are_dropped_and_counted(sets):
 
 @pytest.mark.parametrize(
     ("bad", "left", "sizes"),
-    [((0, 2), 1, []), ((0, 1), 1, [20, 20]), ((1, 2), 1, [20, 20]), ((0, 2), 2, [15, 15]), ((0, 1), 2, []), ((0, 1), 3, [])],
+    [
+        ((0, 2), 1, []),
+        ((0, 1), 1, [20, 20]),
+        ((1, 2), 1, [20, 20]),
+        ((0, 2), 2, [15, 15]),
+        ((0, 1), 2, []),
+        ((0, 1), 3, []),
+    ],
 )
 def test_a_training_gone_on_with_counts_what_was_dropped_before(bad, left, sizes, sets):
     """Of an epoch's three batches, two are dropped: one before it was left, one after, a smaller one; or both before,

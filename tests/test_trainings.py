@@ -85,6 +85,7 @@ def test_a_signal_saves_the_step_and_leaves_with_a_code_of_its_own(at, name, who
 
 def test_a_run_that_is_stopped_again_and_again_ends_equal(whole, tmp_path, monkeypatch):
     folder = tmp_path / "run"
+    folder.mkdir()  # a job's script may have made it
     stopped(monkeypatch, folder, 1, words=(*RECIPE, "--go-on"))
     for at in (2, 3, 4):
         stopped(monkeypatch, folder, at, words=(*RECIPE, "--go-on"))
@@ -147,7 +148,7 @@ def flip(path, at=0.5):
 
 
 def test_a_run_falls_back_to_the_checkpoint_before_a_damaged_one(whole, copy, capsys):
-    newest, before = checkpoints.states(copy / "checkpoints")
+    newest, _ = checkpoints.states(copy / "checkpoints")
     flip(newest)
     run("train", "--resume", copy)
     lines = capsys.readouterr().out.splitlines()

@@ -60,7 +60,7 @@ class Jobs:
     """Submits as submitit does: what comes back is no future, and the executor no context manager."""
 
     def __init__(self) -> None:
-        self.pool = ProcessPoolExecutor(2, get_context("spawn"))
+        self.pool = ProcessPoolExecutor(1, get_context("spawn"))
 
     def submit(self, work, *given):
         return Job(self.pool.submit(work, *given))

@@ -38,16 +38,19 @@ def load(data: bytes, source: str) -> Any:
         raise ValueError(f"{source}: not a whole pickle ({type(error).__name__}: {words})") from error
 
 
+AGAIN = 16  # so that what is hashed is at most 2^16 times what is in the file
+
+
 class _RefusedError(Exception):
     """The pickle asks for something that data does not need."""
 
 
 def _check_bounded(data: bytes) -> None:
     """Refuses a small pickle that would take all memory or time. Python's reader makes room for every place up to the
-    highest that is named, so that the writers number them one by one; and tuples within tuples, each twice the one
-    before, take for ever to be hashed, so that none may be taken twice.
+    highest that is named, so they have to be numbered one by one, as writers do; and tuples within tuples, each twice
+    the one before, take for ever to be hashed, so few may be taken again.
     """
-    places, tuples, last = 0, set[int](), ""
+    places, tuples, again, last = 0, set[int](), 0, ""
     for opcode, argument, _ in pickletools.genops(data):
         name = opcode.name
         if name in ("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"):
@@ -57,7 +60,9 @@ def _check_bounded(data: bytes) -> None:
             places = max(places, place + 1)
             (tuples.add if "TUPLE" in last else tuples.discard)(place)
         elif name == "DUP" or (name in ("GET", "BINGET", "LONG_BINGET") and int(argument) in tuples):
-            raise _RefusedError("the pickle holds a tuple more than once")
+            again += 1
+        if again > AGAIN:
+            raise _RefusedError(f"the pickle takes tuples again more than {AGAIN} times")
         last = name
 
 

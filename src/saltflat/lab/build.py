@@ -174,33 +174,38 @@ def _subset(images: Images | Stored, examples: int) -> Images:
 def network(config: Train, like: Images | Stored) -> nn.Module:
     """The network for such images, on the CPU, with the initial weights of the config's seed.
 
-    torch's global generator is left as it was.
+    torch's global generator is left as it was. BadInput for one that memory cannot hold.
     """
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(derived_seed(config.seed, WEIGHTS))
+            return _network(config, like).to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
+    except (RuntimeError, MemoryError) as error:  # of torch's allocator
+        raise BadInput(f"model: expected one that fits into memory: {str(error).splitlines()[0]}") from None
+
+
+def _network(config: Train, like: Images | Stored) -> nn.Module:
     channels, height, width = shape_of(like)
     of = config.model
     pixels: dict[str, Any] = {"mean": of.mean or None, "std": of.std or None}
     if of.mean and len(of.mean) not in (1, channels):
         raise BadInput(f"model.mean: expected {channels} numbers, one per channel, got {len(of.mean)}")
     classes = like.num_classes
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(derived_seed(config.seed, WEIGHTS))
-        if of.name == "mlp":
-            hidden = (of.width or 256,) * 2
-            made = models.mlp(classes, in_features=channels * height * width, hidden=hidden, **pixels)
-        elif of.name == "small-cnn":
-            made = models.small_cnn(classes, in_channels=channels, width=of.width or 32, **pixels)
-        elif of.name == "small-resnet":
-            first = of.width or 24
-            made = models.small_resnet(classes, in_channels=channels, widths=(first, 2 * first, 4 * first), **pixels)
-        elif of.name == "vgg19-bn":
-            made = models.vgg19_bn(classes, in_channels=channels, **pixels)
-        elif of.name == "preact-resnet18":
-            made = models.preact_resnet18(classes, in_channels=channels, **pixels)
-        else:
-            made = models.wide_resnet(
-                of.depth, of.widen_factor, classes, in_channels=channels, activation=of.activation, **pixels
-            )
-    return made.to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
+    if of.name == "mlp":
+        hidden = (of.width or 256,) * 2
+        return models.mlp(classes, in_features=channels * height * width, hidden=hidden, **pixels)
+    if of.name == "small-cnn":
+        return models.small_cnn(classes, in_channels=channels, width=of.width or 32, **pixels)
+    if of.name == "small-resnet":
+        first = of.width or 24
+        return models.small_resnet(classes, in_channels=channels, widths=(first, 2 * first, 4 * first), **pixels)
+    if of.name == "vgg19-bn":
+        return models.vgg19_bn(classes, in_channels=channels, **pixels)
+    if of.name == "preact-resnet18":
+        return models.preact_resnet18(classes, in_channels=channels, **pixels)
+    return models.wide_resnet(
+        of.depth, of.widen_factor, classes, in_channels=channels, activation=of.activation, **pixels
+    )
 
 
 def optimizer(config: Train, model: nn.Module) -> torch.optim.Optimizer:

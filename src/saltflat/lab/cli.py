@@ -7,6 +7,7 @@ Bad input is one line on stderr and exit code 2, before anything was touched.
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import os
 import re
@@ -93,7 +94,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(1)
     except (FloatingPointError, OSError) as error:
         _complain(error)
-        sys.exit(1)
+        # No file has such a name, whatever else was in the way: somebody gave it.
+        sys.exit(2 if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG else 1)
     except KeyboardInterrupt:
         sys.exit(130)
 

@@ -40,6 +40,7 @@ def run(out: Path, seeds: int, engine: Engine) -> None:
     runs = {
         out / f"{method}-seed{seed}": replace(RECIPES[method], seed=seed) for method in METHODS for seed in range(seeds)
     }
+    record.check_folder("out", out)
     trainings.check_free(runs)
     entries = {folder.name: Entry(folder, config) for folder, config in runs.items()}
     with engine() as executor, record.alone(out / "demo.lock"):

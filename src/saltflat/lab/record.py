@@ -25,6 +25,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 from collections.abc import Iterator, Sequence
@@ -55,6 +56,7 @@ def create(folder: Path, config: Train, environment: dict[str, Any], evaluation:
         write_json(growing / "evaluation.json", evaluation)
         write_config(growing, config)
         growing.rename(folder.absolute())
+        _flushed(folder.absolute().parent)
     except OSError as error:
         raise BadInput(f"out: cannot make {str(folder)!r}: {error.strerror}") from None
 
@@ -113,7 +115,7 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
             metrics = unsealed(json.loads(line))
             if not isinstance(metrics.get("epoch"), int):
                 raise ValueError
-        except ValueError:
+        except (ValueError, RecursionError):
             if number == len(lines) and not line.endswith("\n"):
                 break
             raise BadInput(
@@ -134,6 +136,9 @@ def write_metrics(folder: Path, lines: Sequence[str]) -> None:
     write_text(folder / "metrics.jsonl", "".join(line + "\n" for line in lines))
 
 
+SEAL = re.compile(r"[0-9a-f]{8}")  # by which it is known under a name that was damaged
+
+
 def sealed(content: dict[str, Any]) -> dict[str, Any]:
     """The same, with its checksum as the last field."""
     return {**content, "seal": digest(content)}
@@ -144,7 +149,8 @@ def unsealed(content: Any) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError("expected named fields")
     found = {name: value for name, value in content.items() if name != "seal"}
-    if "seal" in content and content["seal"] != digest(found):
+    last = str(next(reversed(content.values()), ""))
+    if content.get("seal", digest(found)) != digest(found) or ("seal" not in content and SEAL.fullmatch(last)):
         raise ValueError("it is not what was written")
     return found
 
@@ -231,7 +237,7 @@ def read_again(path: Path, needed: Sequence[str] = ()) -> dict[str, Any]:
     """A finding that is there already; BadInput if it is not whole, or lacks one of the needed fields."""
     try:
         found = unsealed(json.loads(path.read_text()))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise BadInput(f"{path.parent.name}: {path} is not a whole file ({error}); delete it to begin anew") from None
     if lacking := [name for name in needed if name not in found]:
         raise BadInput(f"{path.parent.name}: {path} is not whole, it lacks {lacking[0]}; delete it to begin anew")

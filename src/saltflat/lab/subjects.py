@@ -167,7 +167,11 @@ def _splits(about: Foreign) -> dict[str, tuple[Tensor, Tensor]]:
 
 def _has_splits(path: Path) -> bool:
     """Whether an npz file is one that networks are trained on, with `x_train` and the rest."""
-    return zipfile.is_zipfile(path) and "x_train.npy" in zipfile.ZipFile(path).namelist()
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return "x_train.npy" in archive.namelist()
+    except Exception:  # a damaged archive can fail in any of its parts; its reader says so
+        return False
 
 
 def _pair(images: Images) -> tuple[Tensor, Tensor]:

@@ -119,8 +119,10 @@ def check_free(runs: Mapping[Path, Train]) -> None:
 def made(config: Train, out: Path) -> None:
     """A run of this config in the folder `out`: trained, gone on with, or left alone where it is whole."""
     with parallel.together(build.device_type(config.device)):
-        parallel.first(lambda: check_free({out: config}))
-        _go_on(out) if parallel.first(out.exists) else _begin(config, out)
+        there = parallel.first(lambda: out.exists() and (not out.is_dir() or any(out.iterdir())))
+        if there:
+            parallel.first(lambda: check_free({out: config}))
+        _go_on(out) if there else _begin(config, out)
 
 
 def resume(out: Path) -> None:
@@ -256,7 +258,7 @@ def _check_processes(config: Train, device: torch.device) -> None:
     for name, holds in (("data.mix", config.data.mix != "none"), ("extra.share", config.extra.share > 0)):
         if config.data.stored and holds:
             raise BadInput(
-                f"{name}: expected none with data.stored on {parallel.ranks()} processes, none of which has a whole batch"
+                f"{name}: expected none with data.stored on {parallel.ranks()} processes, which have no batch whole"
             )
     if config.awp.amortised:
         raise BadInput(

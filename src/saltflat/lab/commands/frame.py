@@ -15,13 +15,14 @@ import pydantic
 import tyro
 from pydantic import Field
 
-from saltflat.lab.config import BadInput, refusal
+from saltflat.lab.config import BadInput, Count, refusal
 
 Job = Callable[[], None]
 Folder = Annotated[Path, tyro.conf.arg(metavar="FOLDER")]
 RunOrCheckpoint = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN|CHECKPOINT")]
 Runs = Annotated[tuple[Path, ...], Field(min_length=1), tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
 Executor = Annotated[str, tyro.conf.arg(metavar="local|tcp://HOST:PORT|MODULE:FUNCTION")]
+Seeds = Annotated[Count, Field(le=1000)]
 Split = Literal["test", "train", "validation"]
 
 app, study_app = tyro.extras.SubcommandApp(), tyro.extras.SubcommandApp()
@@ -49,5 +50,5 @@ def study_command(function: Callable[..., Job]) -> Callable[..., Job]:
 
 def check_points(points: int) -> None:
     """BadInput unless so many values of alpha have 0 in their middle."""
-    if points < 3 or points % 2 == 0:
-        raise BadInput(f"points: expected an odd number >= 3, got {points}")
+    if not 3 <= points <= 9999 or points % 2 == 0:
+        raise BadInput(f"points: expected an odd number >= 3, and at most 9999, got {points}")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from saltflat.lab.commands.frame import Executor, Folder, Job, RunOrCheckpoint, app, command
+from saltflat.lab.commands.frame import Executor, Folder, Job, RunOrCheckpoint, Seeds, app, command
 from saltflat.lab.config import Count, CountOrZero, Train, checked
 from saltflat.lab.recipes import RECIPES, described
 
@@ -24,7 +24,7 @@ else:
 
 @command
 def demo(
-    out: Folder = Path("runs/demo"), seeds: Count = 3, workers: CountOrZero = 0, executor: Executor = "local"
+    out: Folder = Path("runs/demo"), seeds: Seeds = 3, workers: CountOrZero = 0, executor: Executor = "local"
 ) -> Job:
     """Train AT and AT-AWP on the bundled digits, and compare them on a page: about two minutes on two cores.
 

@@ -230,7 +230,7 @@ def flatness(
     climbs: Count = 20,
     restarts: CountOrZero = 1,
     directions: Count = 3,
-    probes: Annotated[int, Field(ge=6)] = 60,
+    probes: Annotated[Count, Field(ge=6)] = 60,
     seed: CountOrZero = 0,
     data_path: Path | None = None,
     device: str = "auto",

@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 import tyro
 from pydantic import Field
 
-from saltflat.lab.commands.frame import Executor, Folder, Job, app, check_points, study_command
+from saltflat.lab.commands.frame import Executor, Folder, Job, Seeds, app, check_points, study_command
 from saltflat.lab.config import BadInput, Count, CountOrZero, Positive
 
 
@@ -154,7 +154,7 @@ def process(
 def compare(
     recipes: Annotated[tuple[str, ...], Field(min_length=1), tyro.conf.Positional, tyro.conf.arg(metavar="RECIPE")],
     set: tuple[str, ...] = (),
-    seeds: Count = 3,
+    seeds: Seeds = 3,
     attacks: Annotated[tuple[str, ...], Field(min_length=1)] = ("clean", "pgd-20", "cw-20"),
     examples: CountOrZero = 0,
     out: Folder = Path("studies/compare"),

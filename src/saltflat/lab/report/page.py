@@ -47,25 +47,29 @@ def render(runs: Sequence[Run], *, title: str | None = None) -> str:
     groups = grouped(runs)
     planes = plane_plates(groups)
     script = Markup(SCRIPT.read_text(encoding="utf-8")) if planes else None
-    return templates().get_template("page.html.j2").render(
-        title=title or _default_title(groups),
-        extent=f"{counted(len(groups), 'recipe')}, {counted(len(runs_of(groups)), 'run')}",
-        folders=[run.folder.name for run in runs_of(groups)],
-        headline=headline(groups),
-        tables=[table for table in (accuracy_table(groups), outcome_table(groups)) if table.bodies],
-        seeds=seeds_table(groups),
-        curves=curves_plate(groups),
-        landscapes=line_plates(groups),
-        planes=planes,
-        script=script,
-        policy=_policy(script),
-        flatness=flatness_table(groups),
-        spectra=spectrum_plates(groups),
-        cost=cost_table(groups),
-        configuration=configuration(groups),
-        environments=environments(groups),
-        notes=notes(groups, len(runs)),
-        variables=VARIABLES,
+    return (
+        templates()
+        .get_template("page.html.j2")
+        .render(
+            title=title or _default_title(groups),
+            extent=f"{counted(len(groups), 'recipe')}, {counted(len(runs_of(groups)), 'run')}",
+            folders=[run.folder.name for run in runs_of(groups)],
+            headline=headline(groups),
+            tables=[table for table in (accuracy_table(groups), outcome_table(groups)) if table.bodies],
+            seeds=seeds_table(groups),
+            curves=curves_plate(groups),
+            landscapes=line_plates(groups),
+            planes=planes,
+            script=script,
+            policy=_policy(script),
+            flatness=flatness_table(groups),
+            spectra=spectrum_plates(groups),
+            cost=cost_table(groups),
+            configuration=configuration(groups),
+            environments=environments(groups),
+            notes=notes(groups, len(runs)),
+            variables=VARIABLES,
+        )
     )
 
 

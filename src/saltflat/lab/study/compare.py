@@ -39,6 +39,7 @@ class Entry:
 def study(runs: Mapping[Path, Train], attacks: Sequence[str], examples: int, out: Path, engine: Engine) -> None:
     """Train, evaluate, and write `out`/report.html."""
     began = time.perf_counter()
+    record.check_folder("out", out)
     trainings.check_free(runs)
     for folder, config in runs.items():  # BadInput before anything is trained
         columns(attacks, trained_against(config.attack))

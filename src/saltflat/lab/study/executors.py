@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import logging
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -35,8 +36,8 @@ def named(name: str, workers: int, device: str, threads: int = 0) -> Engine:
     """
     if parallel.launched():
         raise BadInput(
-            f"executor: expected a process by itself, got one of torchrun's {os.environ['WORLD_SIZE']}: models are worked "
-            "on side by side through --workers or --executor, each by one process"
+            f"executor: expected a process by itself, got one of torchrun's {os.environ['WORLD_SIZE']}: models are "
+            "worked on side by side through --workers or --executor, each by one process"
         )
     if name == LOCAL:
         fitting = max(1, build.workers(device) // max(1, threads))
@@ -63,6 +64,7 @@ def _dask(address: str) -> Iterator[Executor]:
     except (OSError, ValueError) as error:
         why = " ".join(str(error).split())
         raise BadInput(f"executor: expected a Dask scheduler at {address!r}, got none: {why}") from None
+    logging.getLogger("distributed.client").setLevel(logging.CRITICAL)  # what is lost is told in one line, ours
     with client:
         threads = list(client.nthreads().values())
         say(f"{len(threads)} Dask workers at {address}")

@@ -18,7 +18,10 @@ from saltflat.lab.config import Attack, Awp, BadInput, Data, Evaluation, Model, 
 from saltflat.lab.recipes import OBJECTIVES, RECIPES, adversary
 
 Change = Mapping[str, Any]  # "awp.gamma" -> value
-NOT_AN_AXIS = ("recipe", "device", "threads", "keep_every", "data.path", "extra.path", "evaluation")
+NOT_AN_AXIS = (
+    "recipe", "device", "threads", "checkpoint_minutes", "keep_every", "data.path", "data.workers", "extra.path",
+    "evaluation",
+)  # fmt: skip
 SEEDS = (0, 1, 2)
 
 

@@ -16,7 +16,7 @@ from typing import Any, Literal
 import numpy as np
 
 from saltflat.lab.config import BadInput
-from saltflat.lab.record import write_json
+from saltflat.lab.record import unsealed, write_json
 from saltflat.lab.study.association import Array
 from saltflat.lab.study.granulation import Value
 
@@ -163,6 +163,6 @@ def write_table(table: Table, path: Path) -> None:
 def read_table(path: Path) -> Table:
     """BadInput if the file is no whole table."""
     try:
-        return from_record(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        return from_record(unsealed(json.loads(path.read_text(encoding="utf-8"))))
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise BadInput(f"table: {str(path)!r} is no table of a study ({error})") from None

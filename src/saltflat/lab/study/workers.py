@@ -91,7 +91,7 @@ def _one_line_if_gone(name: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        why = " ".join(f"{type(error).__name__}: {error}".partition(". ")[0].split())[:200]
+        why = " ".join(f"{type(error).__name__}: {error}".partition(". ")[0].split())[:200].rstrip(":")
         raise OSError(
             f"a worker ended without a word at {name} ({why}), perhaps for want of memory; what is finished is kept, "
             "and the same command goes on"
