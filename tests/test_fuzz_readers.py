@@ -28,6 +28,7 @@ from test_svhn import compressed, header, matrix
 from saltflat.data import (
     Images,
     Splits,
+    Stored,
     arrays,
     cifar10,
     cifar100,
@@ -36,6 +37,9 @@ from saltflat.data import (
     labelled,
     parquet,
     pickles,
+    stored_folder,
+    stored_parquet,
+    stored_shards,
     svhn_extra,
     tiny_imagenet,
 )
@@ -48,7 +52,8 @@ class Kind:
     """How a valid file, or folder of files, is made, and how it is read.
 
     make: writes into an empty folder; returns what `read` is given. told: whether the format has checksums over all of
-    it, so that whatever is read is what was written; PNG has, but Pillow overlooks some. number: how many damages of each kind.
+    it, so that whatever is read is what was written; PNG has, but Pillow overlooks some. number: how many damages of
+    each kind.
     """
 
     make: Callable[[Path], Path]
@@ -136,6 +141,20 @@ def image_folder(kind: str) -> Callable[[Path], Path]:
     return make
 
 
+def shards(at: Path) -> Path:
+    with tarfile.open(at / "train-0.tar", "w", format=tarfile.USTAR_FORMAT) as archive:
+        for number, image in enumerate(pixels(0, 3, 5, 4, 3)):
+            for name, data in ((f"{number}.png", png(image)), (f"{number}.cls", b"%d" % number)):
+                member = tarfile.TarInfo(name)
+                member.size = len(data)
+                archive.addfile(member, io.BytesIO(data))
+    return at
+
+
+def all_rows(stored: Stored) -> list[Any]:
+    return [stored.read(torch.arange(len(stored))), stored.labels]
+
+
 def tiny(at: Path) -> Path:
     for seed, name in enumerate(("train/n1/images/1", "train/n2/images/2", "val/images/0")):
         (at / name).parent.mkdir(parents=True)
@@ -186,6 +205,9 @@ KINDS = {
     "parquet of JPEG": Kind(hub("JPEG"), parquet, False, 20),
     **{f"folder of {kind}": Kind(image_folder(kind), folder, False) for kind in (
         "PNG", "JPEG", "BMP", "GIF", "TIFF", "WEBP", "PPM", "JPEG2000")},
+    "parquet on disk": Kind(hub("PNG"), lambda path: all_rows(stored_parquet(path)), False, 15),
+    "folder on disk": Kind(image_folder("PNG"), lambda path: all_rows(stored_folder(path)), False, 8),
+    "shards on disk": Kind(shards, lambda path: all_rows(stored_shards(path)), False, 40),
     "Tiny ImageNet": Kind(tiny, tiny_imagenet, False, 8),
     "npz of four": Kind(npz(np.savez, **FOUR), image_arrays, True, 30),
     "npz of four, compressed": Kind(npz(np.savez_compressed, **FOUR), image_arrays, True, 30),

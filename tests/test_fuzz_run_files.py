@@ -156,10 +156,10 @@ LONG = b"9" * 10**5
 )
 def test_json_that_was_written_to_do_harm_is_refused_in_one_line(data, trained, tmp_path):
     (tmp_path / "a.json").write_bytes(data)
-    try:
-        assert record.read_again(tmp_path / "a.json") == {"a": float("inf")}
-    except ValueError as error:
-        assert "\n" not in str(error)
+    if data != b'{"a": 1e999}':  # for Python that is a number
+        with pytest.raises(ValueError) as caught:
+            record.read_again(tmp_path / "a.json")
+        assert "\n" not in str(caught.value)
     (tmp_path / "metrics.jsonl").write_bytes(data + b"\n")
     with pytest.raises(ValueError) as caught:
         record.read_metrics(tmp_path)

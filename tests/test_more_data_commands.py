@@ -130,6 +130,7 @@ def test_a_last_layer_for_another_number_of_classes_is_drawn_anew(trained):
         assert torch.equal(begun[name], drawn[name] if name in head else old[name])
 
 
+@pytest.mark.slow
 def test_recipes_side_by_side(tmp_path, capsys):
     sets = [
         "data.examples=60", "data.validation_examples=20", "optimizer.epochs=1", "model.width=4", "attack.eps=8/255",

@@ -221,7 +221,7 @@ def _opened(file: Path) -> Iterator[Any]:
     except ImportError:
         raise ValueError(f"reading parquet {EXTRA_ADVICE}") from None
     try:
-        with ParquetFile(file) as opened:
+        with ParquetFile(file, page_checksum_verification=True) as opened:  # where it has any
             yield opened
     except (pyarrow.ArrowException, OSError) as error:
         raise ValueError(f"{file}: not a parquet file that can be read to its end") from error

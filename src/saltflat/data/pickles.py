@@ -54,12 +54,12 @@ def _check_bounded(data: bytes) -> None:
     for opcode, argument, _ in pickletools.genops(data):
         name = opcode.name
         if name in ("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"):
-            place = places if name == "MEMOIZE" else int(argument)
+            place = places if name == "MEMOIZE" else int(argument or 0)
             if place > places + 1:
                 raise _RefusedError(f"the pickle numbers its parts up to {place}")
             places = max(places, place + 1)
             (tuples.add if "TUPLE" in last else tuples.discard)(place)
-        elif name == "DUP" or (name in ("GET", "BINGET", "LONG_BINGET") and int(argument) in tuples):
+        elif name == "DUP" or (name in ("GET", "BINGET", "LONG_BINGET") and int(argument or 0) in tuples):
             again += 1
         if again > AGAIN:
             raise _RefusedError(f"the pickle takes tuples again more than {AGAIN} times")
