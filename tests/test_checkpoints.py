@@ -21,7 +21,7 @@ def of_step(step):
     torch.manual_seed(step)
     ranks = [{"random": torch.get_rng_state(), "random_cuda": None, "memory": {}, "sums": None}]
     kept = {"model": nn.Linear(3, 2).state_dict(), "optimizer": {}, "average": None, "ranks": ranks, "within": None}
-    return kept | {"step": step, "epoch": 0, "best": 0.5, "before": 0.5, "config": "", "metrics": []}
+    return kept | {"step": step, "epoch": 0, "best": 0.5, "before": 0.5, "in_a_row": 0, "config": "", "metrics": []}
 
 
 def steps(folder):

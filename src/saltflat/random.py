@@ -86,6 +86,13 @@ class Rows(NamedTuple):
 Generator = torch.Generator | PerExample | Rows | None
 
 
+def base(generator: Generator) -> Generator:
+    """What draws for all rows of all batches: for what belongs to none of them, weights."""
+    while isinstance(generator, Rows):
+        generator = generator.of
+    return generator
+
+
 def uniform(like: Tensor, generator: Generator = None) -> Tensor:
     """Uniform numbers in [0, 1), of the shape, dtype and device of `like`; advances the generator."""
     if isinstance(generator, Rows):

@@ -27,6 +27,7 @@ from torch.nn.parameter import is_lazy
 from saltflat.balls import Weights, alike, bits, copies, norms, own
 from saltflat.inputs import InputAdversary
 from saltflat.objectives import Objective
+from saltflat.parallel import everywhere
 from saltflat.random import Generator
 from saltflat.weights import Ascent, Where, displaced, perturbed
 
@@ -209,8 +210,8 @@ def dropping(model: nn.Module, optimizer: torch.optim.Optimizer) -> Callable[[],
     def drop() -> Tensor:
         given = dict.fromkeys([*model.parameters(), *(p for group in optimizer.param_groups for p in group["params"])])
         gradients = [p.grad._values() if p.grad.is_sparse else p.grad for p in given if p.grad is not None]
-        finite = norms(gradients or [torch.zeros(1)], math.inf).isfinite().all()
-        bad = ~(finite.full_tensor() if hasattr(finite, "full_tensor") else finite)  # a DTensor's: of all shards
+        finite = norms(own(gradients) or [torch.zeros(1)], math.inf).isfinite().all()
+        bad = ~everywhere(finite, given)
         for (found,) in alike(own(gradients)):
             torch._foreach_mul_(numbers := bits(found), (~bad).to(numbers[0]))
         undo(bad)

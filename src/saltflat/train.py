@@ -37,6 +37,7 @@ from saltflat.step import Radius, Step, double_perturbation_step, in_mode, undoi
 
 ORDER, DRAWS, EXTRA = 0, 1, 2  # the streams of random numbers of an epoch
 IN_A_ROW = 100  # dropped batches, after which training fails before the epoch is over
+LOOK = 25  # steps from one look at a GPU's count of them to the next, which waits for it
 # What robust accuracy on training examples loses within an epoch of catastrophic overfitting (Wong, Rice, Kolter)
 COLLAPSE = 0.2
 
@@ -134,8 +135,9 @@ class Diverged(FloatingPointError):
 
 @dataclass(frozen=True)
 class Stepped:
-    """A step is done. `loss` and `perturbed_loss`, as in `Step`, of this process' rows, stay on the device. `state()`
-    makes what `Epoch.state` is, to go on from here; it may be asked for until the next event, on all processes alike.
+    """A step is done. `loss` and `perturbed_loss`, as in `Step`, stay on the device; over many processes, their means
+    are the batch's. `state()` makes what `Epoch.state` is, to go on from here; it may be asked for until the next event,
+    on all processes alike.
     """
 
     step: int
@@ -166,8 +168,8 @@ class Epoch:
             epoch's steps, whose sum over epochs is the time of training, and `evaluation_seconds` of its measurements.
         best: robust accuracy on `validation` is the highest so far; clean accuracy, where training attacks nothing.
         model: the network that was measured (the average, if there is one).
-        state: all that `fit` needs to go on from here, as tensors and numbers, equal on all processes; save it before
-            asking for the next event.
+        state: all that `fit` needs to go on from here, as tensors and numbers, equal on all processes but for seconds;
+            save it before asking for the next event.
     """
 
     epoch: int
@@ -209,12 +211,14 @@ def fit(
             `Sharded(model, parts)`; every one of them runs this. Batch sizes are of all of them together.
 
     Raises: ValueError for a share of extra examples without such, or the reverse, for extra examples of another shape
-        or number of classes, and for a moving average of sharded weights; `Diverged` at the end of an epoch in which
-        more than half of the batches were dropped, for gradients that are not finite, those that the plan excuses left
-        aside, or after which weights or running statistics are not finite, and after a hundred batches that were
-        dropped one after the other.
+        or number of classes, for a moving average of sharded weights, for many processes without a spread, and for
+        stored images on them with what needs whole batches; `Diverged` at the end of an epoch in which more than half
+        of the batches were dropped, for gradients that are not finite, those that the plan excuses left aside, or
+        after which weights or running statistics are not finite, and after a hundred batches that were dropped one
+        after the other (on a GPU, up to 25 later).
     """
     _check_extra(extra, train, plan)
+    _check_processes(train, plan, spread)
     spread = spread or Alone(model)
     device = next(model.parameters()).device
     read = _from_memory(train, device) if isinstance(train, Images) else partial(_from_disk, train, plan, device)
@@ -229,13 +233,14 @@ def fit(
     batches = math.ceil(len(train) / plan.batch_size)
     own = plan.batch_size - extra_per_batch(plan.extra_share, plan.batch_size)
     steps = plan.epochs * batches
-    now = _Now()
+    now, dropped = _Now(), _Dropped(device)
     plan.memory.clear()
     if state is not None:
         spread.load(optimizer, state)
         if average is not None:
             average.load_state_dict(state["average"])
         now = _gone_back_to(state, plan, device)
+        dropped.in_a_row += state["in_a_row"]
 
     for epoch in range(now.epoch + 1, plan.epochs + 1):
         began = time.perf_counter()
@@ -244,13 +249,19 @@ def fit(
         drawn = _drawn(extra, batches, plan.batch_size, seeded(plan.seed, epoch, EXTRA)).to(device)
         sums, excused, behind = torch.zeros(5, dtype=torch.float64, device=device), plan.excused(), 0
         if now.within is not None:  # an epoch that was left in its midst
-            generator.set_state(now.within["draws"])
             sums, excused = (now.within[name].to(device) for name in ("sums", "excused"))
             began, behind = began - now.within["seconds"], now.within["batches"]
-        dropped = _Dropped(device)
+            if now.within["device"] == device.type:
+                generator.set_state(now.within["draws"])
+            else:  # CPUs and GPUs draw other numbers, from states of other kinds
+                generator = seeded(plan.seed, epoch, DRAWS, behind, device=device)
         with in_mode(spread.called, "train"):
             ahead = torch.split(rows_of_epoch, own)[behind:]
             for rows, extra_rows, (chosen, y) in zip(ahead, drawn[behind:], read(ahead), strict=False):
+                if (device.type == "cpu" or now.step % LOOK == 0) and int(dropped.in_a_row) >= IN_A_ROW:
+                    raise dropped.diverged(
+                        f"epoch {epoch}: the gradients of {IN_A_ROW} batches in a row were not finite"
+                    )
                 for group in optimizer.param_groups:
                     group["lr"] = plan.learning_rate((now.step + 1) / steps)
                 progress = now.step / steps
@@ -281,10 +292,10 @@ def fit(
                 if average is not None and plan.average is not None:
                     _follow(average, parallel.raw(spread.called), plan.average)
                 sums += _sums(found, n)
-                dropped.see(found, x, y, epoch)
+                dropped.see(found, x, y)
                 now.step, now.within = now.step + 1, {"draws": generator, "sums": sums, "excused": excused}
                 now.within |= {"seconds": time.perf_counter() - began, "batches": now.step - (epoch - 1) * batches}
-                state_here = partial(_state, spread, optimizer, average, plan, now, device)
+                state_here = partial(_state, spread, optimizer, average, plan, now, dropped, device)
                 yield Stepped(now.step, steps, epoch, found.loss, found.perturbed_loss, state_here)
         if plan.swa_from is not None and average is not None and now.step / steps > plan.swa_from:
             average.update_parameters(spread.network())
@@ -325,7 +336,7 @@ def fit(
             "seconds": trained - began,
             "evaluation_seconds": time.perf_counter() - trained,
         }
-        yield Epoch(epoch, metrics, is_best, network, _state(spread, optimizer, average, plan, now, device))
+        yield Epoch(epoch, metrics, is_best, network, _state(spread, optimizer, average, plan, now, dropped, device))
 
 
 @dataclass
@@ -351,9 +362,10 @@ def _state(
     average: AveragedModel | None,
     plan: Plan,
     now: _Now,
+    dropped: _Dropped,
     device: torch.device,
 ) -> dict[str, Any]:
-    """All of it, equal on all processes, as tensors and numbers."""
+    """All of it, as tensors and numbers."""
     own = {
         "random": torch.get_rng_state(),  # torch's global generators: dropout draws from them
         "random_cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
@@ -364,6 +376,7 @@ def _state(
     if now.within is not None:
         within = {name: now.within[name] for name in ("seconds", "batches")}
         within |= {"draws": now.within["draws"].get_state(), "excused": now.within["excused"].cpu()}
+        within["device"] = device.type
     return {
         **spread.state(optimizer),
         "average": None if average is None else average.state_dict(),
@@ -373,6 +386,7 @@ def _state(
         "epoch": now.epoch,
         "best": now.best,
         "before": now.before,
+        "in_a_row": int(dropped.in_a_row),
     }
 
 
@@ -395,6 +409,16 @@ def _gone_back_to(state: dict[str, Any], plan: Plan, device: torch.device) -> _N
     return _Now(state["step"], state["epoch"], state["best"], state["before"], within)
 
 
+def _check_processes(train: Images | Stored, plan: Plan, spread: Spread | None) -> None:
+    if parallel.ranks() == 1:
+        return
+    if spread is None or isinstance(spread, Alone):
+        raise ValueError(f"spread: expected one over the {parallel.ranks()} processes, or each would train by itself")
+    if isinstance(train, Stored) and (plan.mix is not unmixed or plan.swa_from is not None):
+        what = "swa_from" if plan.swa_from is not None else "mix"
+        raise ValueError(f"{what}: expected none with stored images on many processes, of which none has a batch whole")
+
+
 def _order(train: Images | Stored, generator: torch.Generator) -> Tensor:
     """Of an epoch."""
     return torch.randperm(len(train), generator=generator) if isinstance(train, Images) else order(train, generator)
@@ -415,10 +439,11 @@ def _from_disk(
     shares = [parallel.share(len(rows)) for rows in batches]
     own = (rows[share] if share.stop > share.start else rows[:1] for rows, share in zip(batches, shares, strict=True))
     for rows, share, (images, _) in zip(batches, shares, read_batches(train, own, plan.readers), strict=True):
-        whole = images if len(images) == len(rows) else images.new_zeros((len(rows), *images.shape[1:]))
-        if whole is not images:
-            whole[share if share.stop > share.start else slice(0, 1)] = images
-        yield whole.to(device), train.labels[rows].to(device)
+        whole = images.to(device)
+        if len(images) < len(rows):
+            whole = torch.zeros((len(rows), *images.shape[1:]), dtype=images.dtype, device=device)
+            whole[share if share.stop > share.start else slice(0, 1)] = images.to(device)
+        yield whole, train.labels[rows].to(device)
 
 
 def _own(
@@ -434,23 +459,20 @@ def _own(
     size = rows.stop - rows.start
     rows = rows if size else slice(0, 1)
     weighted = objective if size * ranks == n else Weighted(objective, size * ranks / n)
-    return x[rows], y[rows], Rows(generator, rows, n), weighted
+    return x[rows].clone(), y[rows].clone(), Rows(generator, rows, n), weighted  # views would keep all of the batch
 
 
 class _Dropped:
-    """Batches dropped in a row, and the last of them; looked at a step late, so that no GPU is waited for."""
+    """How many batches were dropped in a row, and the last of them; all on the device."""
 
     def __init__(self, device: torch.device) -> None:
         self.in_a_row = torch.zeros((), dtype=torch.int64, device=device)
-        self.told = torch.zeros((), dtype=torch.int64, pin_memory=device.type == "cuda")
         self.held = torch.zeros((), dtype=torch.bool, device=device)  # whether x and y are of one that was dropped
         self.x: Tensor | None = None
         self.y: Tensor | None = None
 
     @torch.no_grad()
-    def see(self, found: Step, x: Tensor, y: Tensor, epoch: int) -> None:
-        if self.told >= IN_A_ROW:
-            raise self.diverged(f"epoch {epoch}: the gradients of {int(self.told)} batches in a row were not finite")
+    def see(self, found: Step, x: Tensor, y: Tensor) -> None:
         bad = found.dropped > 0
         if self.x is None or self.y is None:
             self.x, self.y, self.held = x.clone(), y.clone(), bad
@@ -458,7 +480,6 @@ class _Dropped:
             self.x, self.y = torch.where(bad, x, self.x), torch.where(bad, y, self.y)
             self.held = self.held | bad
         self.in_a_row = (self.in_a_row + 1) * bad
-        self.told.copy_(self.in_a_row, non_blocking=True)
 
     def diverged(self, message: str) -> Diverged:
         known = self.x is not None and self.y is not None and bool(self.held)

@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from saltflat.lab.config import BadInput
 from saltflat.lab.record import replacing
 
-KEYS = {"model", "optimizer", "average", "ranks", "within", "step", "epoch", "best", "before"}  # of `train.Epoch.state`
+# Of `train.Epoch.state`
+KEYS = {"model", "optimizer", "average", "ranks", "within", "step", "epoch", "best", "before", "in_a_row"}
 KEYS |= {"config"}  # a digest, so that a run does not go on under another one
 KEYS |= {"metrics"}  # all lines so far
 OURS, SHA = "saltflat", "sha256 "  # in the header of weights, before a digest; either tells that it has to fit
@@ -132,7 +133,7 @@ def newest_whole(folder: Path, told: Callable[[str], None]) -> tuple[Path, dict[
     for path in states(folder):
         named = NAME.fullmatch(path.name)
         if named and digest(path) == named[2]:
-            return path, _read(path)
+            return path, read(path)
         aside = path.with_name(f"damaged-{path.name}")
         told(f"{path} is damaged: set aside as {aside.name}, going on from what was saved before it")
         path.rename(aside)
@@ -150,7 +151,7 @@ def epochs_of_earlier_version(folder: Path) -> int | None:
         return 0
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read(path: Path) -> dict[str, Any]:
     """No code in it is ever run."""
     try:
         state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)

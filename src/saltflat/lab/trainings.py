@@ -50,8 +50,17 @@ class Ready:
 
 def train(config: Train, out: Path) -> None:
     """A new run in the folder `out`."""
-    with parallel.together(build.device_type(config.device)):
+    with _together(config):
         _begin(config, out)
+
+
+@contextmanager
+def _together(config: Train) -> Iterator[None]:
+    """The processes that torchrun started train together inside."""
+    if parallel.launched() and config.device.startswith("cuda:"):
+        raise BadInput(f"device: expected auto, cpu or cuda on many processes, got {config.device!r}: each has a GPU")
+    with parallel.together(build.device_type(config.device)):
+        yield
 
 
 def _begin(config: Train, out: Path) -> None:
@@ -118,7 +127,7 @@ def check_free(runs: Mapping[Path, Train]) -> None:
 
 def made(config: Train, out: Path) -> None:
     """A run of this config in the folder `out`: trained, gone on with, or left alone where it is whole."""
-    with parallel.together(build.device_type(config.device)):
+    with _together(config):
         there = parallel.first(lambda: out.exists() and (not out.is_dir() or any(out.iterdir())))
         if there:
             parallel.first(lambda: check_free({out: config}))
@@ -127,23 +136,43 @@ def made(config: Train, out: Path) -> None:
 
 def resume(out: Path) -> None:
     """Go on with a run from what was saved last; does nothing if it is finished."""
-    with parallel.together(build.device_type(record.read_config(out).device)):
+    with _together(record.read_config(out)):
         _go_on(out)
+
+
+def _finished_by_an_earlier_version(out: Path, config: Train) -> bool:
+    """BadInput for a run that has begun, and has nothing to go on from."""
+    folder = out / "checkpoints"
+    earlier = checkpoints.epochs_of_earlier_version(folder)
+    if checkpoints.states(folder) or (earlier is None and record.count_metrics(out) <= 1):
+        return False
+    if earlier is None or earlier < config.optimizer.epochs:
+        raise BadInput(
+            f"run: {out} has no checkpoint to go on from in {folder}"
+            f"{', but one of an earlier version' if earlier is not None else ''}; begin a new run"
+        )
+    return True
+
+
+def _newest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
+    """What is gone on from: the first process looks, and each reads it."""
+    looked: list[tuple[Path, dict[str, Any]]] = []
+
+    def look() -> Path | None:
+        looked.extend(filter(None, [checkpoints.newest_whole(folder, say)]))
+        return looked[0][0] if looked else None
+
+    path = parallel.first(look)
+    return None if path is None else looked[0] if looked else (path, checkpoints.read(path))
 
 
 def _go_on(out: Path) -> None:
     config, folder = record.read_config(out), out / "checkpoints"
-    earlier = checkpoints.epochs_of_earlier_version(folder)
-    if not checkpoints.states(folder) and (earlier is not None or record.count_metrics(out) > 1):
-        if earlier is None or earlier < config.optimizer.epochs:
-            raise BadInput(
-                f"run: {out} has no checkpoint to go on from in {folder}"
-                f"{', but one of an earlier version' if earlier is not None else ''}; begin a new run"
-            )
+    if parallel.first(lambda: _finished_by_an_earlier_version(out, config)):
         say(f"{out} is finished: {config.optimizer.epochs} epochs.")
         return
     with _alone(out):
-        found = parallel.first(lambda: checkpoints.newest_whole(folder, say))
+        found = _newest(folder)
         if found is None and parallel.first(lambda: (out / "metrics.jsonl").exists()):
             say(f"{out} has no checkpoint that is whole: it begins anew")
         if found is not None and found[1]["epoch"] >= config.optimizer.epochs:
@@ -226,7 +255,8 @@ def _ready(config: Train, network: Callable[[Train, Images | Stored], nn.Module]
     if config.compute.compile:
         check_compiles(device)
     sets = build.with_extra(build.sets(config), config)
-    torch.manual_seed(derived_seed(config.seed))  # dropout draws from torch's global generator
+    own = (parallel.rank(),) if parallel.ranks() > 1 else ()
+    torch.manual_seed(derived_seed(config.seed, *own))  # dropout draws from torch's global generator
     model = network(config, sets.train).to(device)
     size = config.optimizer.batch_size
     normalised = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
@@ -315,11 +345,11 @@ def _train(ready: Ready, out: Path, state: dict[str, Any] | None) -> None:
                 if isinstance(event, Stepped):
                     bar.update(task, total=event.steps, completed=event.step, description=f"epoch {event.epoch}")
                     due = 0 < config.checkpoint_minutes * 60 <= time.monotonic() - saved
-                    stop, save = parallel.anyones(bool(told)), parallel.anyones(due)
-                    if stop or save:
-                        _save(out, {**event.state(), **whole})
-                        saved = time.monotonic()
-                    if stop:
+                    if not parallel.anyones(due or bool(told)):
+                        continue
+                    _save(out, {**event.state(), **whole})
+                    saved = time.monotonic()
+                    if parallel.anyones(bool(told)):
                         say(f"told to stop, and saved at step {event.step}; go on with: saltflat train --resume {out}")
                         raise Interrupted
                 elif isinstance(event, Epoch):
@@ -337,17 +367,11 @@ def _train(ready: Ready, out: Path, state: dict[str, Any] | None) -> None:
         say(f"interrupted; go on with: saltflat train --resume {out}")
         raise
     except Diverged as error:
-        diverged = error
-        raise FloatingPointError(parallel.first(lambda: _with_batch(diverged, out))) from None
-
-
-def _with_batch(error: Diverged, out: Path) -> str:
-    """What is said of it, once the batch is kept."""
-    if not error.batch:
-        return str(error)
-    arrays: dict[str, Any] = {name: tensor.numpy() for name, tensor in error.batch.items()}
-    np.savez(out / "dropped-batch.npz", **arrays)
-    return f"{error}; the last one dropped is in {out / 'dropped-batch.npz'}"
+        batch: dict[str, Any] = {name: parallel.joined(of).numpy() for name, of in error.batch.items()}
+        message = f"{error}; the last one dropped is in {out / 'dropped-batch.npz'}" if batch else str(error)
+        if batch:
+            parallel.first(lambda: np.savez(out / "dropped-batch.npz", **batch))
+        raise FloatingPointError(message) from None
 
 
 def _batches_in_words(config: Train) -> str:

@@ -42,7 +42,7 @@ def vgg19_bn(
     before = in_channels
     for channels, convolutions in GROUPS:
         for _ in range(convolutions):
-            features += [nn.Conv2d(before, channels, 3, padding=1), nn.BatchNorm2d(channels), nn.ReLU(inplace=True)]
+            features += [nn.Conv2d(before, channels, 3, padding=1), nn.BatchNorm2d(channels), nn.ReLU()]
             before = channels
         # ceil_mode changes nothing at 32 x 32, and leaves something of an image that is 1 pixel wide
         features.append(nn.MaxPool2d(2, ceil_mode=True))

@@ -30,7 +30,7 @@ from saltflat.balls import Weights
 from saltflat.inputs import InputAdversary
 from saltflat.objectives import Objective
 from saltflat.parallel import unsynchronised
-from saltflat.random import Generator, PerExample, Rows
+from saltflat.random import Generator, PerExample, Rows, base
 from saltflat.step import AttackOn, Climb, Mode, Radius, Step, dropping, in_mode, itself
 from saltflat.weights import Ascent, Closure, Where, displaced, perturbed
 
@@ -249,9 +249,7 @@ def _drawing(generator: Generator, n: int) -> Callable[[slice], Rows]:
     """rows -> what draws for them as it would for all n from here on, however often and for whichever rows it is asked;
     the generator ends where it would have. Torch's global generator goes on instead.
     """
-    of = generator
-    while isinstance(of, Rows):
-        of = of.of
+    of = base(generator)
     back: Callable[[], object] = lambda: None
     if isinstance(of, PerExample):
         back = partial(setattr, of, "draws", of.draws)

@@ -23,9 +23,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from saltflat.balls import Weights
+from saltflat.balls import Weights, norms, own
 from saltflat.neighbours.random_wp import Draws, Gaussian, drawn
 from saltflat.objectives import raised
+from saltflat.parallel import everywhere, raw
 from saltflat.random import Generator
 from saltflat.weights import Ascent, Closure, Where, chosen_weights, trained
 
@@ -105,7 +106,8 @@ def adaptively_drawn(
 ) -> Iterator[Ascent]:
     """A climb that is called like `perturbed`: `drawn`, with the memory's factors.
 
-    Gradients are remembered all together, or not at all if any is not finite, or all are 0.
+    Gradients are remembered all together, or not at all if any is not finite, or all are 0; by the names that weights
+    have without DistributedDataParallel.
 
     Raises: as `drawn`; ValueError for an eta below 0, a beta outside [0, 1], and a memory of another model's names.
     """
@@ -115,23 +117,26 @@ def adaptively_drawn(
         raise ValueError(f"beta: expected a number in [0, 1], got {beta!r}")
     known = [name for name in memory if name.startswith(PREFIX)]
     parameters = chosen_weights(model, where)
-    if known and not any(name.removeprefix(PREFIX) in parameters for name in known):
-        raise ValueError(f"memory: expected squared gradients of such as {next(iter(parameters))!r}, got {known[0]!r}")
-    law = _Shrunk(ball, memory, eta, shrink)
+    wrapper = "" if raw(model) is model else "module."
+    keys = {name: PREFIX + name.removeprefix(wrapper) for name in parameters}
+    if known and not set(known) & set(keys.values()):
+        expected = next(iter(keys.values())).removeprefix(PREFIX)
+        raise ValueError(f"memory: expected squared gradients of such as {expected!r}, got {known[0]!r}")
+    law = _Shrunk(ball, {name: memory[key] for name, key in keys.items() if key in memory}, eta, shrink)
     with drawn(
         model, loss, law, steps=steps, step_size=step_size, start=start,
         where=where, step_inside=step_inside, generator=generator,
     ) as ascent:  # fmt: skip
         yield ascent
-    _remember(memory, parameters, beta)
+    _remember(memory, {keys[name]: parameter for name, parameter in parameters.items()}, beta)
 
 
 @dataclass(frozen=True)
 class _Shrunk:
-    """The draws of a law, times the memory's factors."""
+    """The draws of a law, times the factors of F, which has the names of weights."""
 
     law: Draws
-    memory: Mapping[str, Tensor]
+    squares: Mapping[str, Tensor]
     eta: float
     shrink: Shrink
 
@@ -141,16 +146,20 @@ class _Shrunk:
 
     def sample(self, centre: Weights, generator: Generator = None, surface: bool = False) -> dict[str, Tensor]:
         found = self.law.sample(centre, generator, surface)
-        known = {name: self.memory[PREFIX + name] for name in found if PREFIX + name in self.memory}
+        known = self.squares
         return {name: e * self.shrink(known[name], self.eta) if name in known else e for name, e in found.items()}
 
 
 @torch.no_grad()
 def _remember(memory: dict[str, Tensor], parameters: Mapping[str, nn.Parameter], beta: float) -> None:
-    found = {PREFIX + name: p.grad for name, p in parameters.items() if p.grad is not None}
+    found = {name: p.grad for name, p in parameters.items() if p.grad is not None}
     squares = {name: raised(g.to_dense() if g.is_sparse else g).abs().square() for name, g in found.items()}
-    largest = torch.nn.utils.get_total_norm(squares.values(), math.inf)
-    usable = (largest > 0) & (largest < math.inf)  # all are 0 if a batch was dropped inside the block
+    if not squares:
+        return
+    largest = norms(own(squares.values()), math.inf)
+    finite = everywhere(largest.isfinite().all(), parameters.values())
+    none = everywhere((largest == 0).all(), parameters.values())  # if a batch was dropped inside the block
+    usable = finite & ~none
     for name, square in squares.items():
         before = memory[name] if name in memory else torch.zeros_like(square)
         memory[name] = torch.where(usable, beta * before + square, before)

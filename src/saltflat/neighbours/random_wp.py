@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from saltflat.balls import Weights, check_radius
 from saltflat.inputs import InputAdversary
 from saltflat.objectives import Objective
-from saltflat.random import Generator, normal
+from saltflat.random import Generator, Rows, base, normal
 from saltflat.schedules import Schedule
 from saltflat.step import Mode, Step, double_perturbation_step, dropping, in_mode, itself
 from saltflat.weights import Ascent, Closure, Where, buffers_kept, chosen_weights, given_back, held, place, trained
@@ -102,7 +102,7 @@ def drawn(
 ) -> Iterator[Ascent]:
     """A climb that is called like `perturbed`, and does not climb: v is a draw, and the loss is not looked at.
 
-    Under DistributedDataParallel, ranks with equal generators draw the same v.
+    Under DistributedDataParallel, ranks with equal generators draw the same v; of `Rows`, what they are rows of draws.
 
     Raises: ValueError for steps, a step size or a start, which a draw does not have.
     """
@@ -114,7 +114,7 @@ def drawn(
         raise ValueError(f"start: a draw begins at w (no alternations), expected none, got {len(start)} tensors")
     parameters = chosen_weights(model, where)
     with given_back(parameters) as centre:
-        v = ball.sample(centre, generator)
+        v = ball.sample(centre, base(generator))
         place(parameters, centre, v)
         skipped = torch.stack([(e == 0).all() for e in v.values()]).sum()
         del v
@@ -143,7 +143,7 @@ def two_batch_step(
 
     Args:
         x, y: both batches, one after the other, in random order (an even number of examples, so that each half is what
-            the authors call a batch; a single example is the first half).
+            the authors call a batch; a single example is the first half, or both, where it is a rank's of more).
         ball: `Gaussian(sigma)`; None or radius 0 is plain training on all of x.
         share: the paper's lambda; 0 is plain training on the first half.
 
@@ -153,11 +153,13 @@ def two_batch_step(
     if not 0 <= share <= 1:
         raise ValueError(f"share: expected a number in [0, 1], got {share!r}")
     half = (len(y) + 1) // 2
-    if ball is None or ball.radius == 0 or share == 0 or len(y) == 1:
-        rows = slice(0, half) if share == 0 else slice(None)
+    # of all ranks, which have to take as many backwards as each other
+    total = generator.total if isinstance(generator, Rows) else len(y)
+    if ball is None or ball.radius == 0 or share == 0 or total == 1:
+        rows = slice(0, half if share == 0 else len(y))
         return double_perturbation_step(
-            model, x[rows], y[rows], objective=objective, attack=attack, ball=None,
-            optimizer=optimizer, attack_mode=attack_mode, attack_on=attack_on, generator=generator,
+            model, x[rows], y[rows], objective=objective, attack=attack, ball=None, optimizer=optimizer,
+            attack_mode=attack_mode, attack_on=attack_on, generator=Rows(generator, rows, len(y)),
         )  # fmt: skip
     drop = dropping(model, optimizer)
     optimizer.zero_grad()
@@ -169,7 +171,7 @@ def two_batch_step(
     def loss(rows: slice) -> Tensor:
         return objective.outer(model, x[rows], x_adv[rows], y[rows])
 
-    first, second = slice(0, half), slice(half, None)
+    first, second = slice(0, half), slice(half if len(y) > 1 else 0, None)
     at_w = loss(first)
     ((1 - share) * at_w).backward()  # type: ignore[no-untyped-call]
     with drawn(model, None, ball, where=where, generator=generator) as found, buffers_kept(model):
