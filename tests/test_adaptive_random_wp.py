@@ -13,6 +13,7 @@ from torch import nn
 from saltflat import (
     Natural,
     double_perturbation_step,
+    parallel,
 )
 from saltflat.neighbours.adaptive_random_wp import (
     PREFIX,
@@ -110,3 +111,23 @@ def test_arwp_remembers_the_gradient_of_the_loss_whatever_its_share_of_the_desce
         share=share, climb=lambda *a, **k: adaptively_drawn(*a, **k, generator=generator(), memory=memory),
     )  # fmt: skip
     close({name.removeprefix(PREFIX): squares for name, squares in memory.items()}, {n: p**2 for n, p in g.items()})
+
+
+def test_arwp_s_memory_knows_nothing_of_distributed_data_parallel(tmp_path):
+    """Names are those of one process, so that any number of them goes on from it."""
+    (x, y), memories = batch(), []
+    with parallel.together(init_method=f"file://{tmp_path}/meet", rank=0, world_size=1):
+        for wrapped in (False, True):
+            torch.manual_seed(0)
+            model, memory = nn.Sequential(), {}
+            model.module = convolutional(batch_norm=False)  # a name that stays
+            called = parallel.Replicated(model).called if wrapped else model
+            draws = generator()
+            for _ in range(2):
+                called.zero_grad()
+                with adaptive_random_wp(called, 0.1, draws, memory=memory):
+                    Natural().outer(called, x, x, y).backward()
+            memories.append(memory)
+        del called, model
+    assert next(iter(memories[0])) == f"{PREFIX}module.0.weight"
+    assert identical(*memories)

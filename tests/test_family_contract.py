@@ -549,8 +549,8 @@ def test_going_on_ends_with_equal_bits(data, tmp_path, name, changes, stopped):
             assert metrics(event) == metrics(whole[event.epoch - 1])
     assert equal_states(bits(start.state_dict()), bits(model.state_dict()))
     assert equal_states(bits(event.model.state_dict()), bits(whole[-1].model.state_dict()))
-    assert equal_states(bits(event.state["memory"]), bits(whole[-1].state["memory"]))
-    assert bool(event.state["memory"]) == (name in ("arwp", *FREE))
+    assert equal_states(bits(event.state["ranks"][0]["memory"]), bits(whole[-1].state["ranks"][0]["memory"]))
+    assert bool(event.state["ranks"][0]["memory"]) == (name in ("arwp", *FREE))
 
 
 @pytest.mark.parametrize("name", MEMBERS)

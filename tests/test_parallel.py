@@ -20,7 +20,10 @@ from torch import distributed, nn
 
 from saltflat import AT, Layerwise, double_perturbation_step, parallel, perturbed
 from saltflat.neighbours.accumulated import accumulated_step, cheaply_accumulated_step
+from saltflat.neighbours.adaptive_random_wp import adaptively_drawn
+from saltflat.neighbours.random_wp import Gaussian
 from saltflat.parallel import Alone, RankLost, Replicated, Sharded, Weighted
+from saltflat.step import dropping
 from saltflat.weights import trained
 
 BALL = Layerwise(0.05)
@@ -68,14 +71,57 @@ def test_shares_are_all_rows_in_order(n, ranks):
 
 @given(n=st.integers(0, 40), ranks=st.integers(1, 9))
 def test_what_is_shared_out_comes_back_in_order(n, ranks):
-    """With the other ranks' parts worked out here."""
+    """Each rank is asked in turn, then one hears of what all have found: every item once, whoever does it, in order."""
+    done, parts = [], []
+
+    class Heard(Exception):
+        pass
+
+    def keep(own):
+        parts.append(own)
+        raise Heard
+
+    def work(item):
+        done.append(item)
+        return 10 * item
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(parallel, "ranks", lambda: ranks)
         patch.setattr(parallel, "_talk", ["a group"])
-        theirs = [([10 * i for i in range(n)[rank::ranks]], None) for rank in range(ranks)]
-        patch.setattr(parallel, "rank", lambda: 0)
-        patch.setattr(parallel, "everyones", lambda own: [own, *theirs[1:]])
-        assert parallel.shared_out(range(n), lambda i: 10 * i) == [10 * i for i in range(n)]
+        patch.setattr(parallel, "everyones", keep)
+        for rank in range(ranks):
+            patch.setattr(parallel, "rank", partial(int, rank))
+            with pytest.raises(Heard):
+                parallel.shared_out(range(n), work)
+        assert sorted(done) == [*range(n)]
+        patch.setattr(parallel, "everyones", lambda own: parts)
+        assert parallel.shared_out(range(n), work) == [10 * i for i in range(n)]
+
+
+def test_what_else_is_climbed_is_weighted_as_the_objective_is():
+    loss = lambda x: 3 * x
+    assert parallel.weighted(loss, Weighted(AT(), 0.5))(2.0) == 3.0
+    assert parallel.weighted(loss, AT()) is loss
+
+
+def test_a_module_that_has_a_reshard_of_its_own_is_not_asked_to():
+    class Own(nn.Linear):
+        def reshard(self):
+            raise AssertionError("nobody's business")
+
+    __import__("torch.distributed.fsdp")
+    parallel.reshard(nn.Sequential(Own(2, 2)))
+
+
+@pytest.mark.parametrize("missing", ["MASTER_ADDR", "MASTER_PORT", "RANK"])
+def test_variables_that_do_not_say_where_the_others_are_are_told_of_in_a_line(missing, monkeypatch):
+    for name, value in {"WORLD_SIZE": "2", "RANK": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv(missing)
+    with pytest.raises(RankLost, match=rf"^WORLD_SIZE is set, but {missing} not: expected torchrun [^\n]*$"):
+        with parallel.together():
+            pass
+    assert not distributed.is_initialized()
 
 
 def test_a_weighted_objective_is_the_objective_but_for_its_outer_loss():
@@ -200,10 +246,35 @@ def test_ranks_that_do_not_come_are_lost(tmp_path, meeting):
         port = free.getsockname()[1]
     where = {"file": f"file://{tmp_path}/meet", "tcp": f"tcp://127.0.0.1:{port}"}
     options = {"init_method": where[meeting], "rank": 0, "world_size": 2}
-    with pytest.raises(RankLost, match=r"^rank 0 of 1: another process is gone, or does not answer"):
+    with pytest.raises(RankLost, match=r"^rank 0 of 2: another process is gone, or does not answer"):
         with parallel.together(timeout=timedelta(seconds=1), **options):
             pass
     assert not distributed.is_initialized()
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:547] Connection closed by peer",
+        "Application timeout caused pair closure",
+        "Wait timeout",
+    ],
+)
+def test_what_gloo_says_of_others_is_known(tmp_path, said):
+    with pytest.raises(RankLost, match=r"^rank 0 of 1: another process is gone, or does not answer \("):
+        with parallel.together(init_method=f"file://{tmp_path}/meet", rank=0, world_size=1):
+            raise RuntimeError(said)
+    assert parallel.ranks() == 1
+
+
+def test_a_group_on_gpus_is_not_waited_for_after_a_failure(monkeypatch):
+    """As `together` leaves it there; gloo has nothing to abort, and goes on as if it had."""
+    left = []
+    monkeypatch.setattr(distributed.distributed_c10d, "_abort_process_group", lambda: left.append("aborted"))
+    parallel._abort()
+    monkeypatch.delattr(distributed.distributed_c10d, "_abort_process_group")
+    parallel._abort()
+    assert left == ["aborted"]
 
 
 def test_what_is_no_fault_of_ranks_passes_through(tmp_path):
@@ -287,6 +358,65 @@ def refused(one, other):
     raise Unpicklable(one, other)
 
 
+def sharded():
+    return SPREADS["sharded"](network().float()).called
+
+
+def begun_with(kind):
+    """Buffers, of a model in which each rank has filled them by itself."""
+    model = network(norm=True)
+    for buffer in model.buffers():
+        buffer.fill_(parallel.rank() + 1)
+    return {name: buffer.clone() for name, buffer in SPREADS[kind](model).called.named_buffers()}
+
+
+def backward(model):
+    x, y = batch()
+    AT().outer(model, x.float(), x.float(), y).backward()
+
+
+def poisoned(model, number):
+    """One number of the gradient, on the last rank alone, whose shard it lies in."""
+    if parallel.rank() == 1:
+        model[3].weight.grad.to_local().view(-1)[-1] = number
+
+
+def dropped(number):
+    """What is dropped, and what is left of gradients."""
+    model = sharded()
+    drop = dropping(model, torch.optim.SGD(model.parameters()))
+    backward(model)
+    poisoned(model, number)
+    found = int(drop())
+    return found, sum(float(parallel.gathered(p.grad).abs().sum()) for p in model.parameters())
+
+
+def remembered():
+    """ARWP's memory, after a good batch, and after one more."""
+    model, memory, found = sharded(), {}, []
+    for number in (1.0, torch.nan):
+        model.zero_grad()
+        law = parallel.Gathered(0.01, Gaussian(0.01))
+        with adaptively_drawn(model, None, law, memory=memory, generator=torch.Generator().manual_seed(0)):
+            backward(model)
+            poisoned(model, number)
+        found.append({name: parallel.gathered(value).clone() for name, value in memory.items()})
+    return found
+
+
+def adding_up():
+    """A torch that takes no means of shards' gradients."""
+
+    def summed(real, *given, op=None, **named):
+        return real(*given, op=distributed.ReduceOp.SUM, **named)
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("reduce_scatter_tensor", "reduce_scatter_single"):  # the latter is newer torch's
+            if real := getattr(distributed, name, None):
+                patch.setattr(distributed, name, partial(summed, real))
+        sharded()
+
+
 def told(folder):
     rank = parallel.rank()
     calls = []
@@ -306,6 +436,13 @@ def told(folder):
         "shared_out": parallel.shared_out(range(5), lambda n: (n, rank)),
         "joined": parallel.joined(torch.arange(7)[parallel.share(7)]),
         "buffers": {name: buffer.clone() for name, buffer in model.named_buffers()},
+        "begun with": {kind: begun_with(kind) for kind in ("replicated", "sharded")},
+        "dropped": dropped(torch.nan),
+        "kept": dropped(1.0),
+        "remembered": remembered(),
+        "own": parallel.gathered(parallel._laid(torch.full((4,), float(rank)), sharded()[0].bias)),
+        "averages": raised(adding_up),
+        "device": sharded()[0].bias.device_mesh.device_type,
     }
     spreads = ("replicated", "sharded")
     for maker, make in MAKERS.items():
@@ -316,6 +453,8 @@ def told(folder):
         for origin in SPREADS:
             for kind in spreads:
                 answers[origin, kind, maker] = gone_on(kind, loaded(folder, origin, maker), make)
+    for kind in spreads:
+        answers["fused", kind] = gone_on(kind, torch.load(folder / "fused.pt", weights_only=True))
     normed = network(norm=True)
     spread = Replicated(normed)
     steps(spread, grouped(normed), range(2))
@@ -334,6 +473,8 @@ def alone(folder):
     for maker, make in MAKERS.items():
         kept, whole[maker] = begun("alone", make)
         torch.save(kept, folder / f"alone-{maker}.pt")
+    kept, whole["fused"] = begun("alone", partial(torch.optim.SGD, lr=0.05, momentum=0.9, fused=True))
+    torch.save(kept, folder / "fused.pt")
     return whole
 
 
@@ -380,6 +521,46 @@ def test_any_spread_goes_on_from_any_other(both, alone, folder, origin, kind, ma
         assert equal_states(went[0], alone[maker] if kind == "alone" else both[0]["whole", kind, maker])
     for name, tensor in alone[maker].items():
         torch.testing.assert_close(went[0][name], tensor, rtol=0, atol=tolerance)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["replicated", "sharded"])
+def test_a_fused_optimizer_s_state_goes_on_where_there_is_none(both, alone, kind):
+    """torch has no fused kernel for shards: how steps are computed is the optimiser's own."""
+    for name, tensor in alone["fused"].items():
+        torch.testing.assert_close(both[0]["fused", kind][name], tensor, rtol=0, atol=1e-12)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["replicated", "sharded"])
+def test_buffers_are_the_first_rank_s_from_the_beginning(both, kind):
+    for answers in both:
+        assert answers["begun with"][kind]
+        assert all(bool((buffer == 1).all()) for buffer in answers["begun with"][kind].values())
+
+
+@pytest.mark.slow
+def test_a_number_that_is_not_finite_in_a_later_rank_s_shard_drops_the_batch(both):
+    for answers in both:
+        assert answers["dropped"] == (1, 0.0)
+        assert answers["kept"][0] == 0
+        assert answers["kept"][1] > 0
+        before, after = answers["remembered"]
+        assert equal_states(before, after)
+        assert before["squared_gradients.3.weight"].any()
+
+
+@pytest.mark.slow
+def test_shards_are_cut_from_what_each_rank_has_on_the_model_s_device(both):
+    for answers in both:
+        assert answers["own"].tolist() == [0.0, 0.0, 1.0, 1.0]
+        assert answers["device"] == "cpu"
+
+
+@pytest.mark.slow
+def test_a_torch_that_adds_gradients_of_shards_up_is_refused(both):
+    said = "torch: FSDP2 on CPUs needs a release that averages gradients over ranks, got 1 as 2"
+    assert [answers["averages"] for answers in both] == [repr(RuntimeError(said))] * 2
 
 
 @pytest.mark.slow

@@ -18,6 +18,9 @@ from torch import nn
 
 from saltflat import AT, MART, PGD, TRADES, Layerwise, Linf, double_perturbation_step, in_mode, perturbed
 from saltflat.inputs import uniform
+from saltflat.lab import adversaries
+from saltflat.lab.config import Compute, Train
+from saltflat.lab.recipes import NEIGHBOURS
 from saltflat.neighbours.accumulated import accumulated_step, cheaply_accumulated_step
 from saltflat.objectives import Objective
 from saltflat.parallel import Alone, Replicated, Sharded, Weighted, mean, on_raw, per_rank, rank, ranks, share
@@ -60,6 +63,8 @@ SPREADS = {
     "replicated": Replicated,
     "sharded": lambda model: Sharded(model, lambda model: [model[0], model[3]]),
 }
+
+WAYS = {"replicated": "ddp", "sharded": "fsdp"}
 
 
 def network(norm):
@@ -155,6 +160,27 @@ def three_steps(name, spread, rows=slice(None)):
     return copy.deepcopy(spread.state(optimizer)["model"])
 
 
+def robust(make, spread="ddp"):
+    """RobustWP's steps, as the lab builds them: on rows that ranks share unevenly, and once on a single one, which
+    others borrow, so that it counts nothing there.
+    """
+    config = Train(awp=replace(NEIGHBOURS["robust-wp"], steps=3, c=1.2), compute=Compute(spread=spread))
+    laid = make(network(norm=True).train())
+    optimizer, step, masked = sgd(laid.called), adversaries.step(config, {}), []
+    for n in (7, 1, 5, 7):
+        for x, y in batches(n, steps=2):
+            rows = share(len(x))
+            objective = Weighted(TRADES(6.0), ranks() * (rows.stop - rows.start) / len(x))
+            rows = rows if rows.stop > rows.start else slice(0, 1)
+            with torch.no_grad():
+                masked.append(float((TRADES(6.0).each(laid.called, x, x, y) < 1.2).double().mean()))
+            step(
+                laid.called, x[rows], y[rows], objective=objective, attack=None, ball=adversaries.ball(config)(0.5),
+                optimizer=optimizer, generator=None,
+            )  # fmt: skip
+    return {"weights": copy.deepcopy(laid.state(optimizer)["model"]), "masked": masked}
+
+
 def work(folder):
     told = {
         (name, kind): steps(case, make(network(case.norm)))
@@ -164,6 +190,7 @@ def work(folder):
     return {
         **told,
         "per rank": by_itself(),
+        **{("robust", kind): robust(make, WAYS[kind]) for kind, make in SPREADS.items()},
         **{("member", name): member(name) for name in MEMBERS},
         **{("cheaply", kind): cheaply(make(network(norm=True))) for kind, make in SPREADS.items()},
     }
@@ -243,6 +270,16 @@ def test_every_member_of_the_family_steps_on_shards(told, name):
     assert equal_states(one, other)
     for key, tensor in three_steps(name, Alone(fixed())).items():
         torch.testing.assert_close(one[key], tensor, rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("kind", SPREADS)
+def test_robust_wp_climbs_on_the_rows_of_all_ranks_as_on_those_of_one(told, kind):
+    """Some of them below c, some not; those of smaller shares count as much as those of larger ones."""
+    (one, other), whole = (own["robust", kind] for own in told), robust(Alone)
+    assert equal_states(one["weights"], other["weights"])
+    assert any(0 < part < 1 for part in whole["masked"])
+    for name, tensor in whole["weights"].items():
+        torch.testing.assert_close(one["weights"][name], tensor, rtol=0, atol=TOLERANCE)
 
 
 def synchronised(folder):

@@ -290,7 +290,7 @@ def test_a_training_whose_loss_scale_is_being_found_goes_on(tmp_path):
 
 
 def test_a_training_whose_gradients_are_not_finite_at_any_scale_stops():
-    config = replace(TINY, compute=Compute("fp16"), optimizer=Optimizer(epochs=9, batch_size=20, learning_rate=1e30))
+    config = replace(TINY, compute=Compute("fp16"), optimizer=Optimizer(epochs=9, batch_size=20, learning_rate=1e4))
     sets = build.sets(config)
     model = build.network(config, sets.train)
     with pytest.raises(FloatingPointError, match=r"epoch [5-7]: the gradient of [23] of 3 batches was not finite"):

@@ -20,8 +20,10 @@ from saltflat import (
     double_perturbation_step,
     gradient,
 )
+from saltflat.inputs import uniform
 from saltflat.neighbours.random_wp import Gaussian, drawn, increasing, random_wp, two_batch_step
 from saltflat.objectives import ce
+from saltflat.random import Rows
 from saltflat.weights import default, trained
 
 
@@ -152,3 +154,48 @@ def test_m_rwp_s_buffers_see_the_first_half_at_w_alone():
         model, x, y, objective=AT(), attack=None, ball=Gaussian(0.5), optimizer=sgd(model), generator=generator()
     )
     assert identical(dict(model.named_buffers()), dict(other.named_buffers()))
+
+
+def test_what_draws_for_rows_draws_the_weights_of_all_of_them():
+    model, whole, part = convolutional(), generator(), generator()
+    with drawn(model, None, Gaussian(0.1), generator=whole) as ascent:
+        expected = ascent.displacement
+    with drawn(model, None, Gaussian(0.1), generator=Rows(Rows(part, slice(4, 8), 8), slice(0, 2), 4)) as ascent:
+        assert identical(bits(ascent.displacement), bits(expected))
+    assert torch.equal(whole.get_state(), part.get_state())
+
+
+@pytest.mark.parametrize("ball", [None, Gaussian(0.05)], ids=str)
+@pytest.mark.parametrize("share", [0.0, 0.5])
+def test_m_rwp_draws_alike_on_ranks_whatever_their_rows(share, ball):
+    """Starts of the rows that each has, and weights; afterwards all generators stand at the same place."""
+    states, starts = [], []
+    for rows in (slice(0, 1), slice(1, 3), slice(0, 3)):
+        model, (x, y), draws = convolutional(batch_norm=False), batch(3), generator()
+        step = two_batch_step(
+            model, x[rows], y[rows], objective=AT(), attack=PGD(Linf(0.1), 0.05, 1, start=uniform), ball=ball,
+            optimizer=sgd(model), share=share, generator=Rows(draws, rows, 3),
+        )  # fmt: skip
+        starts.append(step.x_adv - x[rows][: len(step.x_adv)])
+        states.append(draws.get_state())
+    assert all(torch.equal(states[0], other) for other in states)
+    assert starts[0].any()
+    if share > 0:
+        assert [len(start) for start in starts] == [1, 2, 3]
+
+
+def test_m_rwp_takes_two_backwards_for_a_rank_s_only_row_of_more():
+    """Which is both halves, since others have two; a batch of one is plain training for all."""
+    model, (x, y) = convolutional().eval(), batch(1)
+    w, loss = weights(model), oracles.mean_of(oracles.cross_entropies(model, x, y))
+    e = oracles.random_wp(w, 0.05, normals(w))
+    for total, expected in (
+        (3, oracles.mixed_random_wp(loss, loss, w, 0.3, e)),
+        (1, oracles.gradient(loss, w)),
+    ):
+        other = copy.deepcopy(model)
+        two_batch_step(
+            other, x, y, objective=AT(), attack=None, ball=Gaussian(0.05), optimizer=sgd(other), share=0.3,
+            generator=Rows(generator(), slice(0, 1), total),
+        )  # fmt: skip
+        close(grads(other), expected)

@@ -51,6 +51,8 @@ CASES = {  # 64 examples in batches of 20 leave one of 4, in batches of 21 one o
         "data": replace(BASE.data, mix="mixup", rotation=10.0),
         "optimizer": replace(BASE.optimizer, accumulate=2),
     },
+    "random-wp": {"awp": Awp("random-wp", gamma=0.01)},
+    "arwp": {"awp": Awp("arwp", gamma=0.01)},
     "sharded": {"compute": Compute(spread="fsdp")},
     "sharded SAM, SWA": {
         "compute": Compute(spread="fsdp"),
