@@ -1,4 +1,6 @@
-"""m-RWP on two processes: another split into halves than that of one, but one network, and one that goes on."""
+"""Drawn weights on two processes: m-RWP's halves are not those of one, but it is one network, and one that goes on;
+ARWP's memory goes on on another number of processes.
+"""
 
 from dataclasses import replace
 
@@ -25,6 +27,7 @@ CONFIGS = {
     )
     for size in (20, 31)
 }
+ARWP = replace(BASE, recipe="arwp", awp=Awp("arwp", gamma=0.01, eta=100.0))
 
 
 def on_two(folder):
@@ -46,11 +49,27 @@ def on_two(folder):
                 trainings.train(config, folder / f"whole-{size}")
         begun(CONFIGS[20], folder / "stopped", 5)
         trainings.resume(folder / "stopped")
+        begun(ARWP, folder / "left", 5)
     return equal
 
 
-def test_m_rwp_runs_on_two_processes_and_goes_on_to_the_bit(tmp_path):
-    one, other = found(on_two, tmp_path)
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    folder, threads = tmp_path_factory.mktemp("runs"), torch.get_num_threads()
+    equal = found(on_two, folder)
+    trainings.train(ARWP, folder / "one")
+    trainings.resume(folder / "left")
+    torch.set_num_threads(threads)
+    return folder, equal
+
+
+def test_m_rwp_runs_on_two_processes_and_goes_on_to_the_bit(runs):
+    folder, (one, other) = runs
     assert one == other == [True] * (2 * 4 + 2 * 3)
-    assert torch.equal(weights(tmp_path / "stopped"), weights(tmp_path / "whole-20"))
-    assert weights(tmp_path / "whole-31").isfinite().all()
+    assert torch.equal(weights(folder / "stopped"), weights(folder / "whole-20"))
+    assert weights(folder / "whole-31").isfinite().all()
+
+
+def test_one_process_goes_on_with_what_two_have_remembered(runs):
+    folder, _ = runs
+    torch.testing.assert_close(weights(folder / "left"), weights(folder / "one"), rtol=0, atol=1e-5)

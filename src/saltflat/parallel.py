@@ -15,25 +15,30 @@ from __future__ import annotations
 
 import copy
 import gc
+import inspect
 import os
 import pickle
+import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from functools import cache
 from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, distributed, nn
 
-from saltflat.balls import Weights
+from saltflat.balls import Weights, own
 from saltflat.objectives import Objective, Value
 from saltflat.random import Generator
 
 T = TypeVar("T")
 R = TypeVar("R")
 TIMEOUT = timedelta(minutes=10)  # that ranks wait for each other: what one does alone may take that long
+GLOO = ("gloo/transport", "Application timeout caused pair closure")  # its errors have no type of their own
+NEEDED = ("RANK", "MASTER_ADDR", "MASTER_PORT")  # by torch, besides WORLD_SIZE
 TOLD = "the first process has it, too"  # noted on what `first` raises on others
 _talk: list[Any] = []  # the group that Python objects are exchanged in, on CPUs: [group] while there is one
 
@@ -69,34 +74,59 @@ def together(device: str = "cpu", *, timeout: timedelta = TIMEOUT, **options: An
         timeout: how long one waits for the others before it takes them for lost.
         options: of `torch.distributed.init_process_group`, where nobody has set torchrun's variables.
 
-    Without torchrun and options, nothing happens. Raises `RankLost` for what a collective raises inside.
+    Without torchrun and options, nothing happens. Raises `RankLost` for what a collective raises inside, and for
+    variables that say that there are others, but not where.
     """
     if not launched() and not options:
         yield
         return
+    if (
+        "init_method" not in options
+        and "store" not in options
+        and (missing := set(NEEDED) - os.environ.keys() - {key.upper() for key in options})
+    ):
+        names = ", ".join(sorted(missing))
+        raise RankLost(f"WORLD_SIZE is set, but {names} not: expected torchrun to start this, or all of them")
     if device == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     gpu = device == "cuda"
+    leave: Callable[[], None] = _abort if gpu else distributed.destroy_process_group
     try:
         distributed.init_process_group("nccl" if gpu else "gloo", timeout=timeout, **options)
         _talk.append(distributed.new_group(backend="gloo", timeout=timeout) if gpu else distributed.group.WORLD)
         yield
         distributed.barrier(group=_talk[0])  # whoever leaves first closes connections that another still waits on
+        leave = distributed.destroy_process_group
     except RuntimeError as error:
-        # gloo's errors have no type of their own, but begin with the place in its source; nor has a store's of files
-        if isinstance(error, distributed.DistError) or "gloo/transport" in str(error) or str(error) == "Wait timeout":
-            raise RankLost(_lost(error)) from error
+        if isinstance(error, distributed.DistError) or _of_gloo(str(error)):
+            raise RankLost(_lost(error, options)) from error
         raise
     finally:
         _talk.clear()
         gc.collect()  # models that hold on to the group
         if distributed.is_initialized():
-            distributed.destroy_process_group()
+            leave()
 
 
-def _lost(error: Exception) -> str:
+def _abort() -> None:
+    """Out of the group without waiting for what is under way with a process that may be gone, as nccl would. Where
+    torch offers no such thing, the group is left to the end of the process.
+    """
+    if abort := getattr(distributed.distributed_c10d, "_abort_process_group", None):
+        with suppress(Exception):  # older torch's knows nccl's groups alone; what has failed is told already
+            abort()
+
+
+def _of_gloo(said: str) -> bool:
+    return any(part in said for part in GLOO) or said == "Wait timeout"  # the latter from a store of files
+
+
+def _lost(error: Exception, options: Mapping[str, Any]) -> str:
     said = str(error).splitlines()[0].split("] ", 1)[-1].split(". ")[0]
-    return f"rank {rank()} of {ranks()}: another process is gone, or does not answer ({said[:200]})"
+    # as it was told, since they may not have met
+    own = options.get("rank", os.environ.get("RANK"))
+    total = options.get("world_size", os.environ.get("WORLD_SIZE"))
+    return f"rank {own} of {total}: another process is gone, or does not answer ({said[:200]})"
 
 
 # What ranks tell each other
@@ -137,6 +167,20 @@ def anyones(value: bool) -> bool:
     flag = torch.tensor(int(value))
     distributed.all_reduce(flag, distributed.ReduceOp.MAX, group=_talk[0])
     return bool(flag)
+
+
+def everywhere(flag: Tensor, shards: Iterable[Tensor]) -> Tensor:
+    """Whether a flag, which each rank finds of its own shards, is true on all that have any of those tensors; on the
+    device. Tensors that are whole ask nobody.
+    """
+    meshes = dict.fromkeys(shard.device_mesh for shard in shards if hasattr(shard, "device_mesh"))
+    number = flag.int()
+    for mesh in meshes:
+        number = number.to(mesh.device_type)
+        for group in mesh.get_all_groups():
+            # not the largest of what may be NaN, which is lost on the way
+            distributed.all_reduce(number, distributed.ReduceOp.MIN, group=group)
+    return number.bool()
 
 
 def mean(values: Tensor) -> Tensor:
@@ -210,8 +254,19 @@ class Weighted:
         return self.factor * self.objective.outer(model, x, x_adv, y)
 
     def each(self, model: nn.Module, x: Any, x_adv: Any, y: Tensor) -> Tensor:
+        """Without the factor, which is none of an example's: see `weighted`."""
         found: Tensor = self.objective.each(model, x, x_adv, y)  # type: ignore[attr-defined]  # all of ours have it
         return found
+
+
+def weighted(loss: Callable[..., Tensor], objective: Objective) -> Callable[..., Tensor]:
+    """The mean over rows of something else, times the factor that an objective has, if it has one: what is `climbed`
+    beside it.
+
+    >>> float(weighted(lambda: torch.tensor(3.0), Weighted(None, 0.5))())
+    1.5
+    """
+    return (lambda *batch: objective.factor * loss(*batch)) if isinstance(objective, Weighted) else loss
 
 
 # How weights lie
@@ -275,6 +330,7 @@ class Replicated:
 
     def __init__(self, model: nn.Module, sync_batch_norm: bool = False) -> None:
         gpu = next(model.parameters()).device
+        same_buffers(model)  # which DistributedDataParallel leaves to forwards, or to us
         if sync_batch_norm:
             if gpu.type == "cpu":
                 raise ValueError("sync_batch_norm: expected False on CPUs: SyncBatchNorm runs on GPUs alone")
@@ -303,19 +359,29 @@ class Sharded:
     """A shard of every weight on each rank, gathered module by module as forwards and backwards reach them (FSDP2).
 
     Args:
-        model: on its device; sharded in place, so that an optimiser has to be made afterwards.
+        model: on its device, with equal weights on all ranks; sharded in place, so that an optimiser has to be made
+            afterwards.
         parts: which of its modules are gathered each by itself; the rest is gathered as one.
+
+    Raises: RuntimeError on CPUs for a torch that adds gradients up where it is asked to average.
     """
 
     def __init__(self, model: nn.Module, parts: Callable[[nn.Module], Sequence[nn.Module]]) -> None:
+        from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import fully_shard
 
+        weight = next(model.parameters())
+        # or torch takes the machine's GPUs, if there are any, and moves the model to them
+        mesh = init_device_mesh(weight.device.type, (distributed.get_world_size(),))
+        if weight.device.type == "cpu":
+            _check_average(mesh, weight.dtype)
+        same_buffers(model)
         self.whole = copy.deepcopy(model)
         model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]  # FSDP2 takes no other
         for part in parts(model):
-            fully_shard(part, reshard_after_forward=True)
+            fully_shard(part, mesh=mesh, reshard_after_forward=True)
         # the root as well, which torch otherwise leaves whole after a forward: see `reshard`
-        fully_shard(model, reshard_after_forward=True)
+        fully_shard(model, mesh=mesh, reshard_after_forward=True)
         self.called = model
 
     def settle(self) -> None:
@@ -330,6 +396,21 @@ class Sharded:
 
     def load(self, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
         _load(self.called, optimizer, state)
+
+
+def _check_average(mesh: Any, dtype: torch.dtype) -> None:
+    """On the smallest of models, a number on each rank, each with a gradient of 1: gloo adds up in some releases
+    (pytorch's issue 162338).
+    """
+    from torch.distributed.fsdp import fully_shard
+
+    probe = nn.Linear(1, mesh.size(), bias=False, device="meta", dtype=dtype).to_empty(device="cpu")  # draws nothing
+    fully_shard(probe, mesh=mesh)
+    probe(torch.ones(1, 1, dtype=dtype)).sum().backward()
+    if (found := float(own(p.grad for p in probe.parameters() if p.grad is not None)[0])) != 1:
+        raise RuntimeError(
+            f"torch: FSDP2 on CPUs needs a release that averages gradients over ranks, got 1 as {found:g}"
+        )
 
 
 def _state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
@@ -348,6 +429,10 @@ def _state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]
 
 def _load(model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
     own, weights, kept = model.state_dict(), dict(model.named_parameters()), state["optimizer"]
+    if len(kept["param_groups"]) != len(optimizer.param_groups):
+        raise ValueError(
+            f"state: expected {len(optimizer.param_groups)} groups of weights, got {len(kept['param_groups'])}"
+        )
     numbers = {name: i for i, name in enumerate(_names(model, optimizer))}
     model.load_state_dict({name: _laid(value, own.get(name)) for name, value in state["model"].items()})
     optimizer.load_state_dict(
@@ -358,10 +443,16 @@ def _load(model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, A
             },
             # in the order that the optimiser has them in, since it goes by that
             "param_groups": [
-                {**group, "params": sorted(numbers[name] for name in group["params"])} for group in kept["param_groups"]
+                {**group, **_kernels(mine), "params": sorted(numbers[name] for name in group["params"])}
+                for group, mine in zip(kept["param_groups"], optimizer.param_groups, strict=True)
             ],
         }
     )
+
+
+def _kernels(group: dict[str, Any]) -> dict[str, Any]:
+    """How a group's steps are computed, which hangs on how its weights lie, not on what they are."""
+    return {key: group[key] for key in ("fused", "foreach", "capturable") if key in group}
 
 
 def _names(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[str]:
@@ -379,7 +470,15 @@ def _laid(value: Any, like: Any) -> Any:
         return value
     from torch.distributed.tensor import distribute_tensor
 
-    return distribute_tensor(value.to(like.device), like.device_mesh, like.placements)
+    return distribute_tensor(value.to(like.device), like.device_mesh, like.placements, **_by_itself())
+
+
+@cache
+def _by_itself() -> dict[str, None]:
+    """Tells torch, where it can be told, that every rank has the whole, so that none has to send it."""
+    from torch.distributed.tensor import distribute_tensor
+
+    return {"src_data_rank": None} if "src_data_rank" in inspect.signature(distribute_tensor).parameters else {}
 
 
 def gathered(value: Any) -> Any:
@@ -495,9 +594,13 @@ def reshard(model: nn.Module) -> None:
     """FSDP2's root, which by default stays whole after a forward without backward, is in shards again: what is done to
     whole weights is lost.
     """
+    if (
+        fsdp := sys.modules.get("torch.distributed.fsdp")
+    ) is None:  # nobody has asked for it, and importing it takes long
+        return
     for module in model.modules():
-        if callable(back := getattr(module, "reshard", None)):
-            back()
+        if isinstance(module, fsdp.FSDPModule):
+            module.reshard()
 
 
 def refuse_others(model: nn.Module) -> None:

@@ -86,7 +86,7 @@ class Rows(NamedTuple):
 Generator = torch.Generator | PerExample | Rows | None
 
 
-def base(generator: Generator) -> Generator:
+def base(generator: Generator) -> torch.Generator | PerExample | None:
     """What draws for all rows of all batches: for what belongs to none of them, weights."""
     while isinstance(generator, Rows):
         generator = generator.of

@@ -136,8 +136,8 @@ class Diverged(FloatingPointError):
 @dataclass(frozen=True)
 class Stepped:
     """A step is done. `loss` and `perturbed_loss`, as in `Step`, stay on the device; over many processes, their means
-    are the batch's. `state()` makes what `Epoch.state` is, to go on from here; it may be asked for until the next event,
-    on all processes alike.
+    are the batch's. `state()` makes what `Epoch.state` is, to go on from here; it may be asked for until the next
+    event, on all processes alike.
     """
 
     step: int

@@ -81,8 +81,9 @@ def step(config: Train, memory: dict[str, Tensor]) -> Callable[..., Step]:
         precision = resolved(config.compute.precision, x.device)
         given |= {"optimizer": optimizer, "where": _where(config.awp, model), **climbed_on(precision, x.device)}
 
-        def take(objective: Objective) -> Step:
-            return _taken(config, memory, model, x, y, objective=objective, **given)
+        def take(cast: Objective) -> Step:
+            climbed = _climbed(config.awp, cast, objective)
+            return _taken(config, memory, model, x, y, climbed, objective=cast, **given)
 
         return taken_in(precision, take, objective, optimizer, memory, x.device)
 
@@ -90,11 +91,16 @@ def step(config: Train, memory: dict[str, Tensor]) -> Callable[..., Step]:
 
 
 def _taken(
-    config: Train, memory: dict[str, Tensor], model: nn.Module, x: Tensor, y: Tensor, *, objective: Any, **given: Any
+    config: Train,
+    memory: dict[str, Tensor],
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    climbed: Callable[..., Tensor] | None,
+    **given: Any,
 ) -> Step:
     """The one of our steps that is the method's."""
     awp, attack = config.awp, config.attack
-    given |= {"objective": objective}
     if awp.method == "m-rwp":
         return two_batch_step(model, x, y, share=awp.share, attack_mode=attack.mode, **given)
     if awp.amortised:
@@ -109,7 +115,7 @@ def _taken(
         )
     given |= {
         "climb": _climb(awp, memory, given["optimizer"], given["generator"]),
-        "climbed": below(objective.each, awp.c) if awp.method == "robust-wp" else None,
+        "climbed": climbed,
         "steps": awp.steps,
         "step_size": None if awp.method in ("kaggle", "fast") else awp.step_size or None,
     }
@@ -136,6 +142,11 @@ def _taken(
         step_inside=awp.step_inside,
         **given,
     )
+
+
+def _climbed(awp: Awp, cast: Any, objective: Objective) -> Callable[..., Tensor] | None:
+    """What is climbed if not the outer loss; with the weight that a rank's rows have in the objective."""
+    return parallel.weighted(below(cast.each, awp.c), objective) if awp.method == "robust-wp" else None
 
 
 def _where(awp: Awp, model: nn.Module) -> Where:
