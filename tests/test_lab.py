@@ -336,7 +336,17 @@ def whole_state(model, **other):
         "ranks": [{"random": torch.get_rng_state(), "random_cuda": None, "memory": {}, "sums": None}],
         "within": None,
     }
-    return {**state, "step": 1, "epoch": 1, "best": 0.5, "before": 0.5, "in_a_row": 0, "config": "", "metrics": [], **other}
+    return {
+        **state,
+        "step": 1,
+        "epoch": 1,
+        "best": 0.5,
+        "before": 0.5,
+        "in_a_row": 0,
+        "config": "",
+        "metrics": [],
+        **other,
+    }
 
 
 def test_states_come_back_and_those_that_do_not_fit_are_refused(tmp_path):

@@ -344,7 +344,7 @@ def test_a_table_in_which_a_number_was_changed_is_refused(tmp_path: Path) -> Non
     path, table = tmp_path / "table.json", grid({"m": "gap"})
     write_table(replace(table, models=(replace(table.models[0], note="first"), *table.models[1:])), path)
     path.write_text(path.read_text().replace('"first"', '"fjrst"'))
-    with pytest.raises(BadInput, match="is no table of a study .it is not what was written"):
+    with pytest.raises(BadInput, match=r"is no table of a study .it is not what was written"):
         read_table(path)
 
 
