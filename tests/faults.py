@@ -229,7 +229,8 @@ class Server:
         self.process.stdin.flush()
         found = json.loads(self.process.stdout.readline())
         self.kills += found["code"] == -signal.SIGKILL
-        return Ended(**found, out=Path(f"{said}.out").read_text(), err=Path(f"{said}.err").read_text())
+        streams = {name: Path(f"{said}.{name}") for name in ("out", "err")}  # not there, if it was killed before
+        return Ended(**found, **{name: path.read_text() if path.exists() else "" for name, path in streams.items()})
 
 
 @contextmanager

@@ -73,7 +73,7 @@ def test_a_damaged_newest_one_is_told_and_set_aside_and_the_one_before_is_used(s
         assert (path, state["step"]) == (before, 1), how
         (line,) = told
         assert line == (
-            f"{newest} is damaged: set aside as damaged-{newest.name}, going on from what was saved before it"
+            f"{newest} is damaged: set aside as damaged-{newest.name}; what was saved before it is tried next"
         )
         assert not newest.exists()
         assert (tmp_path / f"damaged-{newest.name}").read_bytes() == content

@@ -299,18 +299,17 @@ def read(out, name):
 
 
 @pytest.mark.slow
-def test_a_run_all_of_whose_states_are_damaged_begins_anew(stopped, tmp_path):
-    one, other = stopped
+def test_a_run_all_of_whose_states_are_damaged_is_refused(stopped, tmp_path):
+    one, _ = stopped
     damaged = one.copied(tmp_path / "run")
     for path in [*damaged.out.glob("checkpoints/resume-*.pt"), damaged.out / "metrics.jsonl"]:
         path.write_bytes(flipped(path.read_bytes(), 4000))
     ended = damaged.server.ask(
         tmp_path / "said", None, {"config": "", "out": str(damaged.out), "events": str(tmp_path / "e"), "resumed": True}
     )
-    assert (ended.code, ended.err) == (0, "")
-    assert f"{damaged.out} has no checkpoint that is whole: it begins anew" in ended.out
-    assert (tmp_path / "e").read_text().splitlines()[1] == "step 1"
-    assert differences(damaged.out, other.out) == []
+    assert ended.code == 2
+    assert re.fullmatch(f"saltflat: run: {damaged.out} has no checkpoint that is whole to go on from; .*\n", ended.err)
+    assert read(damaged.out, "best")
 
 
 @pytest.mark.slow

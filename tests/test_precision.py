@@ -161,8 +161,8 @@ TINY = Train(
 
 
 def test_measurements_of_a_training_are_in_strict_fp32(tmp_path, monkeypatch):
-    found, measure = [], training.measure
-    monkeypatch.setattr(training, "measure", lambda *of: found.append(strict()) or measure(*of))
+    found, measuring = [], training.measuring
+    monkeypatch.setattr(training, "measuring", lambda *of: found.append(strict()) or measuring(*of))
     trainings.train(TINY, tmp_path / "run")
     assert found == [True] * 6
     assert not strict()

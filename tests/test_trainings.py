@@ -15,7 +15,7 @@ import torch
 from commands import QUICK, run
 from safetensors.torch import load_file
 
-from saltflat.lab import checkpoints, record, trainings
+from saltflat.lab import build, checkpoints, record, trainings
 from saltflat.train import Stepped
 
 RECIPE = ("train", "at-awp", *QUICK, "--optimizer.average", "0.9")
@@ -153,21 +153,36 @@ def test_a_run_falls_back_to_the_checkpoint_before_a_damaged_one(whole, copy, ca
     run("train", "--resume", copy)
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == (
-        f"{newest} is damaged: set aside as damaged-{newest.name}, going on from what was saved before it"
+        f"{newest} is damaged: set aside as damaged-{newest.name}; what was saved before it is tried next"
     )
     assert numbers(copy) == numbers(whole)
     assert (copy / "checkpoints" / f"damaged-{newest.name}").is_file()
 
 
-def test_a_run_with_no_checkpoint_that_is_whole_begins_anew_and_says_so(whole, copy, capsys):
+def test_a_run_with_no_checkpoint_that_is_whole_is_refused_and_left_as_it_is(copy, capsys):
     for path in checkpoints.states(copy / "checkpoints"):
         flip(path)
-    run("train", "--resume", copy)
-    out = capsys.readouterr().out
-    assert out.count("is damaged: set aside") == 2
-    assert f"{copy} has no checkpoint that is whole: it begins anew" in out
-    assert "epoch 1/2" in out
-    assert numbers(copy) == numbers(whole)
+    kept = {path: path.read_bytes() for path in (*copy.glob("checkpoints/*.safetensors"), copy / "metrics.jsonl")}
+    for words in (("train", "--resume", copy), (*RECIPE, "--go-on", "--out", copy)):
+        assert f"run: {copy} has no checkpoint" in refused(capsys, *words)
+        assert {path: path.read_bytes() for path in kept} == kept
+
+
+def test_a_run_goes_on_with_the_images_that_it_began_with(copy, capsys, monkeypatch):
+    other = build.sets
+
+    def shuffled(config):
+        found = other(config)
+        found.train.images[0, 0, 0, 0] += 1
+        return found
+
+    monkeypatch.setattr(build, "sets", shuffled)
+    assert f"data.path: {copy} began with other images" in refused(capsys, "train", "--resume", copy)
+
+
+def test_what_decides_no_numbers_may_differ_where_one_command_goes_on(copy, capsys):
+    run(*RECIPE, "--checkpoint-minutes", "5", "--keep-every", "7", "--threads", "1", "--go-on", "--out", copy)
+    assert "2/2" in capsys.readouterr().out
 
 
 def test_a_run_that_was_killed_before_its_first_checkpoint_begins_anew(whole, copy):
@@ -239,7 +254,7 @@ def test_two_trainings_do_not_write_into_one_folder(copy, capsys):
     before = {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()}
     with record.alone(copy / "training.lock"):
         for words in (("train", "--resume", copy), (*RECIPE, "--go-on", "--out", copy)):
-            assert "another process is at work on" in refused(capsys, *words)
+            assert f"another process is at work in {str(copy)!r}" in refused(capsys, *words)
     assert {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()} == before
 
 
@@ -357,3 +372,13 @@ def test_signals_of_a_cluster_from_outside(tmp_path, capsys):
         assert err == ""
     run("train", "--resume", folder)
     assert numbers(folder) == numbers(tmp_path / "whole")
+
+
+def test_last_weights_of_a_finished_run_are_made_anew(whole, capsys, tmp_path):
+    folder = shutil.copytree(whole, tmp_path / "run")
+    last = folder / "checkpoints" / "last.safetensors"
+    for damage in (lambda: flip(last), last.unlink):
+        damage()
+        run("train", "--resume", folder)
+        assert f"{last} is damaged: made anew" in capsys.readouterr().out
+        assert last.read_bytes() == (whole / "checkpoints" / "last.safetensors").read_bytes()

@@ -13,9 +13,10 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import islice
 from typing import Any
 
 import torch
@@ -27,7 +28,7 @@ from saltflat.averaging import ema, reestimate_statistics, swa
 from saltflat.data.images import Images, to_float
 from saltflat.data.stored import Stored, order, shape_of
 from saltflat.data.stored import batches as read_batches
-from saltflat.evaluation import Outcomes, outcomes
+from saltflat.evaluation import Outcomes, collect, outcomes_by_batch
 from saltflat.inputs import PGD
 from saltflat.objectives import Objective
 from saltflat.parallel import Alone, Spread, Weighted
@@ -150,7 +151,9 @@ class Stepped:
 
 @dataclass(frozen=True)
 class Measuring:
-    """An epoch's steps are done, and its measurements begin."""
+    """An epoch's steps are done, and it is being measured: once before, and after every batch of the measurements, as
+    often on all processes. The last `Stepped.state` may be asked for until the `Epoch`.
+    """
 
     epoch: int
 
@@ -193,7 +196,7 @@ def fit(
     state: dict[str, Any] | None = None,
     spread: Spread | None = None,
 ) -> Iterator[Event]:
-    """Train `model` in place, yielding a `Stepped` per step, and a `Measuring` and an `Epoch` per epoch.
+    """Train `model` in place, yielding a `Stepped` per step, and `Measuring`s and an `Epoch` per epoch.
 
     Args:
         model: on its device; all of it is trained in train mode, and each module has its own mode between epochs.
@@ -255,6 +258,7 @@ def fit(
                 generator.set_state(now.within["draws"])
             else:  # CPUs and GPUs draw other numbers, from states of other kinds
                 generator = seeded(plan.seed, epoch, DRAWS, behind, device=device)
+            now.within |= {"draws": generator, "sums": sums, "excused": excused}
         with in_mode(spread.called, "train"):
             ahead = torch.split(rows_of_epoch, own)[behind:]
             for rows, extra_rows, (chosen, y) in zip(ahead, drawn[behind:], read(ahead), strict=False):
@@ -294,16 +298,23 @@ def fit(
                 sums += _sums(found, n)
                 dropped.see(found, x, y)
                 now.step, now.within = now.step + 1, {"draws": generator, "sums": sums, "excused": excused}
-                now.within |= {"seconds": time.perf_counter() - began, "batches": now.step - (epoch - 1) * batches}
+                now.within |= {
+                    "averaged": False,
+                    "seconds": time.perf_counter() - began,
+                    "batches": now.step - (epoch - 1) * batches,
+                }
                 state_here = partial(_state, spread, optimizer, average, plan, now, dropped, device)
                 yield Stepped(now.step, steps, epoch, found.loss, found.perturbed_loss, state_here)
-        if plan.swa_from is not None and average is not None and now.step / steps > plan.swa_from:
+        averaged = now.within is not None and now.within.get("averaged", False)  # and interrupted while it was measured
+        if plan.swa_from is not None and average is not None and now.step / steps > plan.swa_from and not averaged:
             average.update_parameters(spread.network())
             everything = torch.tensor_split(torch.arange(len(train)), batches)
             reestimate_statistics(average.module, (to_float(part) for part, _ in read(everything)))
 
         sums = torch.cat([parallel.mean(sums), (plan.excused() - excused).reshape(1).to(sums)])
         used, loss, perturbed_loss, skipped, lost, excusable = sums.tolist()  # the epoch's one wait for the device
+        if now.within is not None:
+            now.within["averaged"] = True
         if lost - excusable > batches / 2:
             raise dropped.diverged(f"epoch {epoch}: the gradient of {int(lost)} of {batches} batches was not finite")
         trained = time.perf_counter()
@@ -312,7 +323,9 @@ def fit(
         network = average.module if average is not None and begun else spread.network()
         if (name := _not_finite(network)) is not None:
             raise dropped.diverged(f"epoch {epoch}: {name} is not finite")
-        sets = {name: measure(network, data, plan) for name, data in measured.items()}
+        sets = {}
+        for name, data in measured.items():
+            sets[name] = yield from measuring(network, data, plan, epoch)
         judged = "clean_accuracy" if plan.attack((now.step - 1) / steps) is None else "robust_accuracy"
         chosen_by = sets["validation"][judged] if "validation" in sets else -1.0
         is_best, now.best = chosen_by > now.best, max(chosen_by, now.best)
@@ -374,7 +387,7 @@ def _state(
     }
     within = None
     if now.within is not None:
-        within = {name: now.within[name] for name in ("seconds", "batches")}
+        within = {name: now.within[name] for name in ("seconds", "batches", "averaged")}
         within |= {"draws": now.within["draws"].get_state(), "excused": now.within["excused"].cpu()}
         within["device"] = device.type
     return {
@@ -558,15 +571,30 @@ def _sums(found: Step, examples: int) -> Tensor:
 
 def measure(model: nn.Module, data: Images, plan: Plan) -> dict[str, float]:
     """Clean and robust accuracy (fractions) and mean cross-entropy (nats) of the model as it stands."""
+    steps = measuring(model, data, plan, 0)
+    while True:
+        try:
+            next(steps)
+        except StopIteration as done:
+            found: dict[str, float] = done.value
+            return found
 
-    def measured(attack: PGD | None) -> Outcomes:
-        rows = torch.arange(len(data))[parallel.share(len(data))] if len(data) >= parallel.ranks() > 1 else None
-        found = outcomes(
-            model, data, attack, batch_size=plan.measure_batch_size, seed=derived_seed(plan.seed), rows=rows
-        )
-        return found if rows is None else Outcomes(parallel.joined(found.loss), parallel.joined(found.correct))
 
-    clean, robust = measured(None), measured(plan.measure)
+def measuring(model: nn.Module, data: Images, plan: Plan, epoch: int) -> Generator[Measuring, None, dict[str, float]]:
+    """`measure`, with an event after every batch; on many processes, as many on each."""
+    shared = len(data) >= parallel.ranks() > 1
+    rows = torch.arange(len(data))[parallel.share(len(data))] if shared else torch.arange(len(data))
+    most = -(-len(data) // parallel.ranks()) if shared else len(data)
+    seed, found = derived_seed(plan.seed), list[Outcomes]()
+    for attack in (None, plan.measure):
+        parts: list[Outcomes] = []
+        batches = outcomes_by_batch(model, data, attack, batch_size=plan.measure_batch_size, seed=seed, rows=rows)
+        for _ in range(math.ceil(most / plan.measure_batch_size)):
+            parts += islice(batches, 1)
+            yield Measuring(epoch)
+        whole = collect(parts)
+        found.append(Outcomes(parallel.joined(whole.loss), parallel.joined(whole.correct)) if shared else whole)
+    clean, robust = found
     return {
         "n": len(data),
         "clean_accuracy": clean.accuracy,

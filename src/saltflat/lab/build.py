@@ -51,6 +51,9 @@ def device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda" and parallel.launched():
+        here, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
+        if here > gpus:
+            raise BadInput(f"device: expected a GPU for each of this machine's {here} processes, got {gpus}")
         name = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
     try:
         found = torch.device(name)

@@ -33,7 +33,19 @@ NAME = re.compile(r"resume-(\d+)-([0-9a-f]{16})\.pt")
 
 def save_weights(path: Path, model: nn.Module) -> None:
     """Parameters and buffers, by their names in the model."""
-    tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in model.state_dict().items()}
+    save_tensors(path, model.state_dict())
+
+
+def measured_weights(state: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Of the network that a state's epoch was measured with: the average, where it had begun."""
+    average = state["average"]
+    if average is None or int(average["n_averaged"]) == 0:
+        return dict(state["model"])
+    return {name.removeprefix("module."): of for name, of in average.items() if name.startswith("module.")}
+
+
+def save_tensors(path: Path, named: Mapping[str, Tensor]) -> None:
+    tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in named.items()}
     with replacing(path) as temporary:
         temporary.write_bytes(save(tensors, {OURS: SHA + _content(tensors)}))
 
@@ -135,7 +147,7 @@ def newest_whole(folder: Path, told: Callable[[str], None]) -> tuple[Path, dict[
         if named and digest(path) == named[2]:
             return path, read(path)
         aside = path.with_name(f"damaged-{path.name}")
-        told(f"{path} is damaged: set aside as {aside.name}, going on from what was saved before it")
+        told(f"{path} is damaged: set aside as {aside.name}; what was saved before it is tried next")
         path.rename(aside)
     return None
 

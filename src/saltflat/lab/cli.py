@@ -101,7 +101,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _check_shared(words: Sequence[str]) -> None:
-    """BadInput for a command that every process of torchrun would run for itself."""
+    """BadInput for a command that every process of torchrun would run for itself, and for processes without number."""
+    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK"):
+        if not os.environ.get(name, "0").isdecimal():
+            raise BadInput(f"{name}: expected a whole number, as torchrun sets it, got {os.environ[name]!r}")
     if os.environ.get("WORLD_SIZE", "1") != "1" and words and words[0] not in SHARED:
         raise BadInput(
             f"{words[0]}: torchrun's processes share {', '.join(SHARED)}; expected one process"

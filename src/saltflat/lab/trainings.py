@@ -103,6 +103,8 @@ def _alone(out: Path) -> Iterator[None]:
     def enter() -> None:
         try:
             entered.__enter__()
+        except BadInput:
+            raise BadInput(f"run: another process is at work in {str(out)!r}") from None
         except OSError as error:
             raise BadInput(f"run: cannot write in {str(out)!r}: {error.strerror}") from None
 
@@ -121,8 +123,10 @@ def check(config: Train) -> Ready:
 def check_free(runs: Mapping[Path, Train]) -> None:
     """BadInput if one of these folders is a run of another config."""
     for out, config in runs.items():
-        if out.exists() and record.read_config(out) != config:
-            raise BadInput(f"out: {out} is a run of another config; choose another folder")
+        if out.exists():
+            theirs, ours = (record.deciding(asdict(checked(of))) for of in (record.read_config(out), config))
+            if differing := [name for name in ours if theirs[name] != ours[name]]:
+                raise BadInput(f"out: {out} is a run of another config (see {differing[0]}); choose another folder")
 
 
 def made(config: Train, out: Path) -> None:
@@ -173,8 +177,8 @@ def _go_on(out: Path) -> None:
         return
     with _alone(out):
         found = _newest(folder)
-        if found is None and parallel.first(lambda: (out / "metrics.jsonl").exists()):
-            say(f"{out} has no checkpoint that is whole: it begins anew")
+        if found is None:
+            parallel.first(lambda: _check_nothing_is_lost(out))
         if found is not None and found[1]["epoch"] >= config.optimizer.epochs:
             parallel.first(lambda: _repaired(out, found[1]))
             say(f"{out} is finished: {config.optimizer.epochs} epochs.")
@@ -183,7 +187,10 @@ def _go_on(out: Path) -> None:
         if found is not None:
             path, state = found
             checkpoints.check_state(path, state, ready.model, config.optimizer.average + config.optimizer.swa_from > 0)
-            if state["config"] != _identity(ready):
+            (config_then, data_then), (config_now, data_now) = state["config"].split(), _identity(ready).split()
+            if config_then == config_now and data_then != data_now:
+                raise BadInput(f"data.path: {out} began with other images than {config.data.path} holds; put them back")
+            if config_then != config_now:
                 changed = f"{out / 'config.yaml'}{' (or what extra.path holds)' if config.extra.path else ''}"
                 raise BadInput(
                     f"run: {changed} was changed since the run began: put it back, or begin a new run; or an earlier "
@@ -191,9 +198,10 @@ def _go_on(out: Path) -> None:
                 )
             if len(state["ranks"]) != parallel.ranks():
                 say(
-                    f"{out} goes on with {parallel.ranks()} processes after {len(state['ranks'])}: as before but for "
+                    f"{out} goes on on {parallel.ranks()} process(es) after {len(state['ranks'])}: as before but for "
                     "rounding; what each drew by itself (dropout) or remembered of its own rows is not what it was"
                 )
+            say(f"{out} goes on after step {state['step']}, {state['epoch']} epochs done")
         else:
             parallel.first(lambda: _keep_initial(ready, out))  # it may have been killed before that
         parallel.first(lambda: record.write_metrics(out, [] if state is None else state["metrics"]))
@@ -201,20 +209,41 @@ def _go_on(out: Path) -> None:
 
 
 def _repaired(out: Path, state: dict[str, Any]) -> None:
-    """The metrics of a finished run are those that its last checkpoint knows."""
+    """The metrics and the last weights of a finished run are those that its last checkpoint knows."""
     path, lines = out / "metrics.jsonl", "".join(line + "\n" for line in state["metrics"])
     if not path.exists() or path.read_bytes() != lines.encode():
         say(f"{path} is damaged: made anew")
         record.write_metrics(out, state["metrics"])
+    last = out / "checkpoints" / "last.safetensors"
+    try:
+        checkpoints.whole_weights(last)
+    except (BadInput, OSError):
+        say(f"{last} is damaged: made anew")
+        checkpoints.save_tensors(last, checkpoints.measured_weights(state))
+
+
+def _check_nothing_is_lost(out: Path) -> None:
+    """BadInput where a run would begin anew over what an earlier one has done."""
+    if any((out / "checkpoints").glob("damaged-*")) and record.count_metrics(out) > 0:
+        raise BadInput(
+            f"run: {out} has no checkpoint that is whole to go on from; its best and last weights are as they were: "
+            "keep the folder, and begin a new run in another"
+        )
 
 
 def _identity(ready: Ready) -> str:
-    """A digest of all that decides the numbers."""
+    """Two digests: of the config, as far as it decides the numbers, and of the training examples (of stored images,
+    their classes).
+    """
     deciding, more = record.deciding(asdict(checked(ready.config))), ready.sets.extra
     if more is not None:
         parts = (more.images.contiguous().numpy(), more.labels.numpy())
         deciding["extra"]["digest"] = [hashlib.sha256(part.data).hexdigest() for part in parts]
-    return record.digest(deciding)
+    own = ready.sets.train
+    told = hashlib.sha256(own.labels.numpy().data)
+    if isinstance(own, Images):
+        told.update(own.images.contiguous().numpy().data)
+    return f"{record.digest(deciding)} {told.hexdigest()[:16]}"
 
 
 def kept_epochs(config: Train) -> set[int]:
@@ -326,7 +355,7 @@ def _train(ready: Ready, out: Path, state: dict[str, Any] | None) -> None:
         say(_batches_in_words(config))
     began, metrics = time.perf_counter(), [] if state is None else list(state["metrics"])
     steps, whole = 0 if state is None else state["step"], {"config": _identity(ready), "metrics": metrics}
-    spread, saved = _spread(ready), time.monotonic()
+    spread, saved, last = _spread(ready), time.monotonic(), None
     events = fit(
         model,
         sets.train,
@@ -342,17 +371,19 @@ def _train(ready: Ready, out: Path, state: dict[str, Any] | None) -> None:
         with progress() as bar, _told_to_stop() as told:
             task = bar.add_task("training", total=None)
             for event in events:
-                if isinstance(event, Stepped):
-                    bar.update(task, total=event.steps, completed=event.step, description=f"epoch {event.epoch}")
-                    due = 0 < config.checkpoint_minutes * 60 <= time.monotonic() - saved
-                    if not parallel.anyones(due or bool(told)):
+                if not isinstance(event, Epoch):
+                    if isinstance(event, Stepped):
+                        last = event
+                        bar.update(task, total=event.steps, completed=event.step, description=f"epoch {event.epoch}")
+                    due = event is last and 0 < config.checkpoint_minutes * 60 <= time.monotonic() - saved
+                    if last is None or not parallel.anyones(due or bool(told)):
                         continue
-                    _save(out, {**event.state(), **whole})
+                    _save(out, {**last.state(), **whole})
                     saved = time.monotonic()
                     if parallel.anyones(bool(told)):
-                        say(f"told to stop, and saved at step {event.step}; go on with: saltflat train --resume {out}")
+                        say(f"told to stop, and saved at step {last.step}; go on with: saltflat train --resume {out}")
                         raise Interrupted
-                elif isinstance(event, Epoch):
+                else:
                     if event.metrics["collapsed"] and config.attack.stop_on_collapse:
                         say(f"epoch {event.epoch}: {FELL}; training ends with the epoch before")
                         return
