@@ -262,7 +262,7 @@ def fit(
         with in_mode(spread.called, "train"):
             ahead = torch.split(rows_of_epoch, own)[behind:]
             for rows, extra_rows, (chosen, y) in zip(ahead, drawn[behind:], read(ahead), strict=False):
-                if (device.type == "cpu" or now.step % LOOK == 0) and int(dropped.in_a_row) >= IN_A_ROW:
+                if (device.type == "cpu" or now.step % LOOK == LOOK - 1) and int(dropped.in_a_row) >= IN_A_ROW:
                     raise dropped.diverged(
                         f"epoch {epoch}: the gradients of {IN_A_ROW} batches in a row were not finite"
                     )
