@@ -455,7 +455,7 @@ def test_landscapes_and_flatness_of_what_cannot_be_measured_are_refused(trained,
         (line,) = capsys.readouterr().err.splitlines()
         return line
 
-    assert "checkpoint: expected one of none yet" in refused("landscape", bare)
+    assert f"checkpoint: there is no checkpoint in {bare} yet" in refused("landscape", bare)
     assert "checkpoint: expected one of best, last" in refused("flatness", trained[0], "--checkpoint", "epoch-1")
     assert "expected one architecture on one axis, got conv1.weight" in refused("landscape", trained[0], other)
     assert "points: expected an odd number >= 3, and at most 9999, got 1" in refused(

@@ -145,6 +145,27 @@ def test_a_cut_outcomes_file_is_refused_in_one_line(fresh, monkeypatch, capsys):
             file.write_bytes(content)
 
 
+def test_what_is_deleted_of_a_damaged_pair_begins_anew(fresh, capsys):
+    words = ["evaluate", fresh, "--examples", "20", "--attacks", "clean", "pgd-2"]
+    run(*words)
+    (path,) = (fresh / "outcomes").glob("*.npz")
+    whole = dict(np.load(path))
+    for gone in (path, path.with_suffix(".json")):
+        gone.write_bytes(gone.read_bytes()[:100])
+        with pytest.raises(SystemExit):
+            run(*words)
+        assert f"{gone}" in (said := capsys.readouterr().err)
+        assert "delete it to begin anew" in said
+        gone.unlink()
+        run(*words)
+        assert ("begins anew" in capsys.readouterr().out) == (gone == path)
+        _, again = found(fresh)
+        names = set(whole) - {"reached"}  # seconds are in there
+        assert all(np.array_equal(again[name], whole[name]) for name in names)
+        run(*words)
+        assert "already there" in capsys.readouterr().out
+
+
 def test_a_file_of_other_examples_is_refused(fresh):
     run("evaluate", fresh, "--examples", "20", "--attacks", "clean")
     (path,) = (fresh / "outcomes").glob("*.npz")

@@ -8,7 +8,8 @@ import subprocess
 import sys
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
 import psutil
@@ -91,6 +92,13 @@ def test_threads_of_the_study_s_own_process_are_refused(tmp_path):
     with ThreadPoolExecutor(2) as pool:
         with pytest.raises(BadInput, match="executor: expected one that works in other processes, got threads"):
             side_by_side(working.squared, {"a": 1, "b": 2}, pool, tmp_path, str)
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_forks_of_the_study_s_process_are_refused_as_what_they_are(tmp_path):
+    with ProcessPoolExecutor(1, get_context("fork")) as pool:
+        with pytest.raises(BadInput, match=r"executor: expected processes that begin anew, .*, got a fork of this one"):
+            side_by_side(working.squared, {"a": 1}, pool, tmp_path, str)
 
 
 class Told:

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+from multiprocessing import get_context
 
 import pytest
 import yaml
@@ -245,3 +246,45 @@ def test_where_there_are_no_locks_nobody_is_kept_out(tmp_path, monkeypatch):
     monkeypatch.setattr(fcntl, "flock", none)
     with record.alone(tmp_path / "x.lock"), record.alone(tmp_path / "x.lock"):
         pass
+
+
+def created(folders, at_once, told):
+    """What became of each, where several begin at the same moment."""
+    for folder in folders:
+        at_once.wait(timeout=60)
+        try:
+            record.create(folder, Train(), ENVIRONMENT, {"steps": 7})
+            told.put((folder, "made"))
+        except Exception as error:
+            told.put((folder, f"{type(error).__name__}: {error}"))
+
+
+def test_of_processes_that_begin_at_once_one_makes_the_folder_and_it_is_whole(tmp_path):
+    fork, number = get_context("fork"), 4
+    folders = [tmp_path / f"run-{each}" for each in range(20)]
+    for folder in folders[::2]:
+        folder.mkdir()  # an empty one is taken
+    at_once, told = fork.Barrier(number), fork.Queue()
+    processes = [fork.Process(target=created, args=(folders, at_once, told), daemon=True) for _ in range(number)]
+    for process in processes:
+        process.start()
+    found = [told.get(timeout=60) for _ in range(number * len(folders))]
+    for process in processes:
+        process.join(timeout=60)
+    refusal = "BadInput: out: expected a folder that does not exist yet, got {0!r} (go on with --resume {0})"
+    whole = {"checkpoints", "config.yaml", "environment.json", "evaluation.json"}
+    for folder in folders:
+        outcomes = sorted(outcome for of, outcome in found if of == folder)
+        assert outcomes == [refusal.format(str(folder))] * (number - 1) + ["made"]
+        assert {path.name for path in folder.iterdir()} == whole
+        assert record.read_config(folder) == Train()
+        assert record.read_again(folder / "environment.json") == ENVIRONMENT
+    assert sorted(tmp_path.iterdir()) == sorted(folders)
+
+
+def test_a_folder_of_a_run_can_be_read_by_whom_other_folders_can_and_have_a_long_name(tmp_path):
+    folder, other = tmp_path / "n" / ("ä" * 127), tmp_path / "other"
+    record.create(folder, Train(), ENVIRONMENT, {})
+    other.mkdir()
+    assert folder.stat().st_mode == other.stat().st_mode
+    assert list(folder.parent.iterdir()) == [folder]

@@ -556,9 +556,19 @@ def test_what_goes_wrong_in_a_worker_arrives_as_one_line(workers: int, tmp_path:
     found = batches(stored, torch.arange(NUMBER).split(8), workers)
     for _ in range(2):
         next(found)
-    with pytest.raises(ValueError, match=r"^\S+/train/class 0/0022\.png: not an image that can be decoded$"):
+    with pytest.raises(ValueError, match=r"^\S+/train/class 0/0022\.png: not an image that can be decoded$") as caught:
         next(found)
+    assert isinstance(caught.value, OSError)  # the disk's fault, not the program's
     assert processes_beside(others) == []
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_file_that_is_gone_in_the_middle_arrives_as_one_line(workers: int, tmp_path: Path) -> None:
+    stored = stored_folder(write_folder(tmp_path))
+    (file,) = tmp_path.glob("train/*/0022.png")
+    file.unlink()
+    with pytest.raises(OSError, match=r"^\S+/train/class \d/0022\.png: cannot be read: No such file"):
+        list(batches(stored, torch.arange(NUMBER).split(8), workers))
 
 
 def processes_beside(others: Sequence[BaseProcess]) -> list[BaseProcess]:
@@ -593,16 +603,35 @@ def test_workers_outlast_signals_that_a_job_is_told_to_end_by(stored: Stored) ->
     assert_batches(iter([*first, *found]), whole, rows)
 
 
+LOST = r"^a process that reads images ahead was lost \(DataLoader worker \(pid.*\), perhaps for want of memory$"
+
+
 def test_a_worker_that_is_killed_is_missed(stored: Stored) -> None:
     others = multiprocessing.active_children()
     found = batches(stored, epoch(stored), workers=2)
     next(found)
     worker, _ = processes_beside(others)
-    with pytest.raises(RuntimeError, match="DataLoader worker"):
+    with pytest.raises(ChildProcessError, match=LOST):
         worker.kill()
         list(found)
     del found
     assert processes_beside(others) == []
+
+
+def test_a_worker_that_is_killed_is_missed_in_the_middle_of_a_step(stored: Stored) -> None:
+    others = multiprocessing.active_children()
+    for _ in range(3):  # torch sets its handler once, and so do we
+        found = batches(stored, epoch(stored), workers=2)
+        next(found)
+        worker, _ = processes_beside(others)
+        with pytest.raises(ChildProcessError, match=LOST) as caught:
+            worker.kill()
+            until = time.monotonic() + 30
+            while time.monotonic() < until:
+                time.sleep(0.01)
+        assert len(caught.traceback) < 8
+        del found, caught
+        assert processes_beside(others) == []
 
 
 KILLED = """

@@ -14,9 +14,11 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from threading import Thread
+from threading import Thread, current_thread, main_thread
+from types import FrameType
 from typing import Any, cast
 
 import torch
@@ -29,6 +31,10 @@ from saltflat.data.images import Images
 
 HEEDED = (signal.SIGTERM, signal.SIGUSR1) if sys.platform != "win32" else ()
 WINDOW = 8  # blocks whose rows are mixed; so many are in memory at once, in each process that reads
+
+
+class Unreadable(OSError, ValueError):
+    """An image that cannot be read, in one line that names its file: a fault of the disk, and of a value."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,11 +83,14 @@ class Stored:
     def read(self, rows: Tensor) -> Tensor:
         """Images (n, C, H, W), uint8, of the rows (n,), int64, in that order.
 
-        Raises ValueError for rows that are not such a vector, that are none, or that lie outside 0 ... N - 1, and, in
-        one line that names the file, for an image that cannot be read or is not of the shape.
+        Raises ValueError for rows that are not such a vector, that are none, or that lie outside 0 ... N - 1, and
+        `Unreadable`, which is a ValueError and an OSError, for an image that cannot be read or is not of the shape.
         """
         self._check(rows)
-        images = self.reader(rows)
+        try:
+            images = self.reader(rows)
+        except ValueError as error:
+            raise Unreadable(str(error)) from error
         if images.dtype != torch.uint8 or images.shape != (len(rows), *self.shape):
             got = f"{images.dtype} of shape {tuple(images.shape)}"
             raise ValueError(
@@ -163,8 +172,8 @@ def batches(stored: Stored, rows: Iterable[Tensor], workers: int = 0) -> Iterato
     and within seconds of this process, however it ends. On Linux, SIGTERM and SIGUSR1 are lost on them, if not sent by
     this process: a job that is told to end is often told in all its processes, and has to save first.
 
-    Raises ValueError for a number of workers below 0, what `Stored.read` raises, and RuntimeError, from torch, for a
-    worker that was killed.
+    Raises ValueError for a number of workers below 0, what `Stored.read` raises, and ChildProcessError, an OSError, for
+    a worker that was killed: also between two batches, where torch's handler of SIGCHLD notices it first.
 
     >>> pixels = torch.arange(4, dtype=torch.uint8).reshape(4, 1, 1, 1)
     >>> stored = Stored(lambda rows: pixels[rows], torch.tensor([0, 1, 0, 1]), 2, "toy", (1, 1, 1), alone(4))
@@ -186,10 +195,44 @@ def _batches(stored: Stored, rows: Iterable[Tensor], workers: int) -> Iterator[t
         worker_init_fn=_outlasts_signals,
         generator=torch.Generator(),  # of seeds that nothing uses; torch would draw them from the global one
     )
-    for found in loader:
-        if isinstance(found, Exception):
-            raise found
-        yield found
+    with _lost_in_one_line():
+        for found in _started(loader):
+            if isinstance(found, Exception):
+                raise found
+            yield found
+
+
+def _started(loader: DataLoader[Any]) -> Iterator[Any]:
+    found = iter(loader)
+    if loader.num_workers > 0 and sys.platform != "win32" and current_thread() is main_thread():
+        handler = signal.getsignal(signal.SIGCHLD)
+        if callable(handler) and not isinstance(handler, _Missing):
+            signal.signal(signal.SIGCHLD, _Missing(handler))
+    return found
+
+
+@dataclass(frozen=True)
+class _Missing:
+    """torch's handler, which raises wherever this process is when a worker is lost, in a step for the most part."""
+
+    handler: Callable[[int, FrameType | None], Any]
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        with _lost_in_one_line():
+            self.handler(number, frame)
+
+
+@contextmanager
+def _lost_in_one_line() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        said = " ".join(str(error).split()).rstrip(".")
+        if not said.startswith("DataLoader worker (pid"):
+            raise
+        raise ChildProcessError(
+            f"a process that reads images ahead was lost ({said}), perhaps for want of memory"
+        ) from None
 
 
 @dataclass(frozen=True)

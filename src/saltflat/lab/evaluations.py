@@ -95,6 +95,9 @@ def evaluation(of: Subject, names: Sequence[str], split: str, examples: int, how
 def _already(path: Path, wanted: Sequence[str], y: Tensor) -> dict[str, Any] | None:
     if not path.is_file():
         return None
+    if not path.with_suffix(".npz").is_file():
+        say(f"begins anew: the verdicts of {path} are gone")
+        return None
     verdicts_file.read(path.with_suffix(".npz"), wanted, y)
     say(f"already there: {path}")
     return record.read_again(path)

@@ -20,18 +20,19 @@ as if it were right.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import importlib.metadata
 import json
 import os
 import platform
 import re
-import shutil
 import subprocess
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from saltflat.lab.config import BadInput, Train, as_text, from_text, read_yaml
@@ -43,21 +44,27 @@ FREE += ("data.path", "data.workers", "extra.path", "model.initial")
 
 
 def create(folder: Path, config: Train, environment: dict[str, Any], evaluation: dict[str, Any]) -> None:
-    """Make the folder of a new run, whole or not at all; BadInput if something is there already."""
+    """Make the folder of a new run, whole or not at all; BadInput if something is there already.
+
+    Of several processes that make one at once, the first to be done has made it, and the others find it there.
+    """
+    there = f"out: expected a folder that does not exist yet, got {str(folder)!r} (go on with --resume {folder})"
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise BadInput(
-            f"out: expected a folder that does not exist yet, got {str(folder)!r} (go on with --resume {folder})"
-        )
-    growing = folder.absolute().with_name(f".{folder.absolute().name}.new")
+        raise BadInput(there)
+    parent, name = folder.absolute().parent, folder.absolute().name
     try:
-        shutil.rmtree(growing, ignore_errors=True)  # of one that was killed right here
-        (growing / "checkpoints").mkdir(parents=True)
-        write_json(growing / "environment.json", environment)
-        write_json(growing / "evaluation.json", evaluation)
-        write_config(growing, config)
-        growing.rename(folder.absolute())
-        _flushed(folder.absolute().parent)
+        parent.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(prefix=f".{name[:50]}.", suffix=".new", dir=parent) as own:
+            growing = Path(own) / name  # within, since a temporary folder is for its owner's eyes alone
+            (growing / "checkpoints").mkdir(parents=True)
+            write_json(growing / "environment.json", environment)
+            write_json(growing / "evaluation.json", evaluation)
+            write_config(growing, config)
+            growing.rename(folder.absolute())
+            _flushed(parent)
     except OSError as error:
+        if error.errno in (errno.ENOTEMPTY, errno.EEXIST) and folder.is_dir():  # another's, since we looked
+            raise BadInput(there) from None
         raise BadInput(f"out: cannot make {str(folder)!r}: {error.strerror}") from None
 
 

@@ -69,7 +69,9 @@ def from_run(
     file = weights or path / "checkpoints" / f"{checkpoint}.safetensors"
     if weights is None and not file.is_file():
         there = sorted(found.stem for found in (path / "checkpoints").glob("*.safetensors"))
-        raise BadInput(f"checkpoint: expected one of {', '.join(there) or 'none yet'} in {path}, got {checkpoint!r}")
+        if not there:
+            raise BadInput(f"checkpoint: there is no checkpoint in {path} yet")
+        raise BadInput(f"checkpoint: expected one of {', '.join(there)} in {path}, got {checkpoint!r}")
     found = _on(device)
     sets = build.sets(config)
     model = build.network(config, sets.train)

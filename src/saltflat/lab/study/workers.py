@@ -160,7 +160,7 @@ class Outcome(Generic[Result]):
         return cast(Result, self.given)
 
 
-_OWN: set[str] = set()  # words of the studies of this process
+_OWN: dict[str, int] = {}  # words of the studies of this process, whose number tells it from its forks
 _ONE = threading.Lock()  # torch's global state, the current folder and standard output are a process's, not a thread's
 
 
@@ -170,18 +170,22 @@ def _marked(logs: Path) -> Iterator[Home]:
     home = Home(Path.cwd(), logs.absolute(), secrets.token_hex(8))
     home.logs.mkdir(parents=True, exist_ok=True)
     home.mark.write_text(home.word)
-    _OWN.add(home.word)
+    _OWN[home.word] = os.getpid()
     try:
         yield home
     finally:
-        _OWN.discard(home.word)
+        del _OWN[home.word]
         home.mark.unlink(missing_ok=True)
 
 
 def _worked(work: Callable[[Given], Result], given: Given, home: Home, name: str) -> Outcome[Result]:
     try:
-        if home.word in _OWN:
+        if _OWN.get(home.word) == os.getpid():
             raise BadInput("executor: expected one that works in other processes, got threads of this one")
+        if home.word in _OWN:  # torch's threads are not in it, and a lock of one of the others' may be held for ever
+            raise BadInput(
+                'executor: expected processes that begin anew, as with get_context("spawn"), got a fork of this one'
+            )
         with _ONE, _at(home), _one_thread(), open(home.logs / f"{name}.log", "a") as log:
             with contextlib.redirect_stdout(log):
                 return Outcome(work(given))
