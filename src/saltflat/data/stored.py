@@ -226,10 +226,12 @@ class _Missing:
 def _lost_in_one_line() -> Iterator[None]:
     try:
         yield
-    except RuntimeError as error:
-        said = " ".join(str(error).split()).rstrip(".")
-        if not said.startswith("DataLoader worker (pid"):
+    except (RuntimeError, ConnectionError, EOFError) as error:
+        said = " ".join(f"{error}".split()).rstrip(".") or type(error).__name__
+        if isinstance(error, RuntimeError) and not said.startswith("DataLoader worker (pid"):
             raise
+        if current_thread() is main_thread() and sys.platform != "win32":
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # or it would be told again while this is on its way
         raise ChildProcessError(
             f"a process that reads images ahead was lost ({said}), perhaps for want of memory"
         ) from None
