@@ -627,7 +627,7 @@ def test_a_worker_that_is_killed_is_missed(when: str, tmp_path: Path) -> None:
     ended = subprocess.run(script, capture_output=True, text=True, timeout=60)
     assert ended.returncode == 1
     assert re.search(LOST, ended.stderr, re.MULTILINE), ended.stderr
-    assert ended.stderr.count("ChildProcessError") == 1
+    assert ended.stderr.count("ChildProcessError: ") == 1
 
 
 KILLED = """
