@@ -1,5 +1,6 @@
 """Images that stay on disk, against the same files read into memory; every file was made here."""
 
+import gc
 import io
 import multiprocessing
 import os
@@ -559,6 +560,7 @@ def test_what_goes_wrong_in_a_worker_arrives_as_one_line(workers: int, tmp_path:
     with pytest.raises(ValueError, match=r"^\S+/train/class 0/0022\.png: not an image that can be decoded$") as caught:
         next(found)
     assert isinstance(caught.value, OSError)  # the disk's fault, not the program's
+    del found, caught  # whose traceback holds the iterator
     assert processes_beside(others) == []
 
 
@@ -573,6 +575,7 @@ def test_a_file_that_is_gone_in_the_middle_arrives_as_one_line(workers: int, tmp
 
 def processes_beside(others: Sequence[BaseProcess]) -> list[BaseProcess]:
     """Those of this process that are none of the others, which earlier tests may have left to end by themselves."""
+    gc.collect()
     return [child for child in multiprocessing.active_children() if child not in others]
 
 
