@@ -364,7 +364,7 @@ def test_signals_of_a_cluster_from_outside(tmp_path, capsys):
         while record.count_metrics(folder) < epochs:
             assert process.poll() is None, process.communicate()
             time.sleep(0.02)
-        assert "another process is at work on" in refused(capsys, "train", "--resume", folder)
+        assert "another process is at work in" in refused(capsys, "train", "--resume", folder)
         process.send_signal(number)
         out, err = process.communicate(timeout=60)
         assert process.returncode == 75
