@@ -594,9 +594,8 @@ def reshard(model: nn.Module) -> None:
     """FSDP2's root, which by default stays whole after a forward without backward, is in shards again: what is done to
     whole weights is lost.
     """
-    if (
-        fsdp := sys.modules.get("torch.distributed.fsdp")
-    ) is None:  # nobody has asked for it, and importing it takes long
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    if fsdp is None:  # nobody has asked for it, and importing it takes long
         return
     for module in model.modules():
         if isinstance(module, fsdp.FSDPModule):

@@ -1,7 +1,7 @@
-"""What processes that measure together do once: the first looks, keeps others out and writes; all know of it, and fail
+"""What processes that work together do once: the first looks, keeps others out and writes; all know of it, and fail
 with it.
 
-    torchrun --nproc-per-node 2 -m saltflat evaluate | landscape | flatness ...
+    torchrun --nproc-per-node 2 -m saltflat train | evaluate | landscape | flatness ...
 
 Without torchrun there is one process, which does it all.
 """
@@ -18,23 +18,25 @@ from saltflat import parallel
 from saltflat.lab import build, record
 from saltflat.lab.config import BadInput
 
-# Whoever has no batch left waits for those of others, which may be hours long; a process that dies is noticed at once
+# In measurements, whoever has no batch left waits for those of others, which may be hours long; a process that dies is
+# noticed at once
 PATIENCE = timedelta(days=7)
 
 
 @contextmanager
-def together(device: str) -> Iterator[None]:
-    """The processes that torchrun started measure together inside: on CPUs, or each on the GPU of its local rank.
+def together(device: str, timeout: timedelta = PATIENCE) -> Iterator[None]:
+    """The processes that torchrun started work together inside: on CPUs, or each on the GPU of its local rank.
 
     Args:
         device: as a command is told it; BadInput for one GPU of them all.
+        timeout: how long one waits for the others.
     """
     if not parallel.launched():
         yield
         return
     if device.startswith("cuda:"):
         raise BadInput(f"device: expected auto, cpu or cuda, since each process takes a GPU of its own, got {device!r}")
-    with parallel.together(build.device_type(device), timeout=PATIENCE):
+    with parallel.together(build.device_type(device), timeout=timeout):
         yield
 
 

@@ -14,7 +14,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from torch import nn
 
 from saltflat import parallel
 from saltflat.data import Images, Stored
-from saltflat.lab import build, checkpoints, initial, memory, record
+from saltflat.lab import build, checkpoints, initial, memory, once, record
 from saltflat.lab.climbing import check_compiles
 from saltflat.lab.config import BadInput, Interrupted, Train, checked
 from saltflat.lab.console import progress, say
@@ -54,13 +54,9 @@ def train(config: Train, out: Path) -> None:
         _begin(config, out)
 
 
-@contextmanager
-def _together(config: Train) -> Iterator[None]:
+def _together(config: Train) -> AbstractContextManager[None]:
     """The processes that torchrun started train together inside."""
-    if parallel.launched() and config.device.startswith("cuda:"):
-        raise BadInput(f"device: expected auto, cpu or cuda on many processes, got {config.device!r}: each has a GPU")
-    with parallel.together(build.device_type(config.device)):
-        yield
+    return once.together(config.device, parallel.TIMEOUT)
 
 
 def _begin(config: Train, out: Path) -> None:
@@ -68,13 +64,12 @@ def _begin(config: Train, out: Path) -> None:
     gpu = ready.device.type == "cuda"
     where = torch.cuda.get_device_name(ready.device) if gpu else str(ready.device)
     versions = record.environment(where, torch.get_num_threads(), torch.version.cuda if gpu else None)
-    versions["precision"] = resolved(config.compute.precision, ready.device)
+    versions |= {"precision": resolved(config.compute.precision, ready.device), "processes": parallel.ranks()}
     measured = {
         "attack": trained_against(config.attack).pgd_in_words(config.evaluation.steps),
         "mode": "eval",
         "weights": build.weights_in_words(config),
     }
-    versions["processes"] = parallel.ranks()
 
     def made() -> None:
         record.create(out, config, versions, measured)
@@ -94,25 +89,14 @@ def _keep_initial(ready: Ready, out: Path) -> None:
 @contextmanager
 def _alone(out: Path) -> Iterator[None]:
     """BadInput if another training is at work in the folder, or if nothing can be written there."""
-    if parallel.rank() > 0:
-        parallel.first(lambda: None)
-        yield
-        return
-    entered = record.alone(out / "training.lock")
-
-    def enter() -> None:
+    with ExitStack() as held:
         try:
-            entered.__enter__()
+            held.enter_context(once.alone(out / "training.lock"))
         except BadInput:
             raise BadInput(f"run: another process is at work in {str(out)!r}") from None
         except OSError as error:
             raise BadInput(f"run: cannot write in {str(out)!r}: {error.strerror}") from None
-
-    parallel.first(enter)
-    try:
         yield
-    finally:
-        entered.__exit__(None, None, None)
 
 
 def check(config: Train) -> Ready:

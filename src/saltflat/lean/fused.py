@@ -137,18 +137,16 @@ def _operation(layers: Layers, chain: Chain, within: dict[fx.Node, Tensor | None
     if not _is_convolution(layers, first):
         return layers.calls[first]
     norm = None if chain.norm is None else scale_and_shift(layers.modules[chain.norm])  # type: ignore[arg-type]
-    fixed, branch = (
-        Fixed(
-            layers.convolutions[first],
-            norm,
-            chain.relu,
-            dtype,
-            within=before[0] in within,
-            scale=within.get(before[0]),
-            given_within=given_within,
-        ),
-        chain.branch,
+    fixed = Fixed(
+        layers.convolutions[first],
+        norm,
+        chain.relu,
+        dtype,
+        within=before[0] in within,
+        scale=within.get(before[0]),
+        given_within=given_within,
     )
+    branch = chain.branch
     if branch is None:
         return lambda given: fixed(given[before[0]].to(dtype))
     return lambda given: fixed(given[before[0]].to(dtype), given[branch])
