@@ -27,12 +27,13 @@ import json
 import os
 import platform
 import re
+import secrets
+import shutil
 import subprocess
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from saltflat.lab.config import BadInput, Train, as_text, from_text, read_yaml
@@ -51,12 +52,11 @@ def create(folder: Path, config: Train, environment: dict[str, Any], evaluation:
     there = f"out: expected a folder that does not exist yet, got {str(folder)!r} (go on with --resume {folder})"
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise BadInput(there)
-    parent, name = folder.absolute().parent, folder.absolute().name
+    parent = folder.absolute().parent
     try:
         parent.mkdir(parents=True, exist_ok=True)
-        with TemporaryDirectory(prefix=f".{name[:50]}.", suffix=".new", dir=parent) as own:
-            growing = Path(own) / name  # within, since a temporary folder is for its owner's eyes alone
-            (growing / "checkpoints").mkdir(parents=True)
+        with _growing(folder.absolute()) as growing:
+            (growing / "checkpoints").mkdir()
             write_json(growing / "environment.json", environment)
             write_json(growing / "evaluation.json", evaluation)
             write_config(growing, config)
@@ -66,6 +66,41 @@ def create(folder: Path, config: Train, environment: dict[str, Any], evaluation:
         if error.errno in (errno.ENOTEMPTY, errno.EEXIST) and folder.is_dir():  # another's, since we looked
             raise BadInput(there) from None
         raise BadInput(f"out: cannot make {str(folder)!r}: {error.strerror}") from None
+
+
+@contextmanager
+def _growing(folder: Path) -> Iterator[Path]:
+    """A new folder beside that one, which is gone after the block if it was not renamed; so are those that processes
+    left that were killed in such a block. Each is held by whoever makes it, so that it is known which nobody makes.
+    """
+    start = f".{folder.name[:50]}."
+    growing = folder.with_name(f"{start}{secrets.token_hex(4)}.new")
+    with ExitStack() as making:
+        with _held(folder.parent, wait=True):
+            for left in [path for path in folder.parent.glob("*.new") if path.name.startswith(start) and path.is_dir()]:
+                with _held(left, wait=False) as nobodys:
+                    if nobodys:
+                        shutil.rmtree(left, ignore_errors=True)
+            growing.mkdir()
+            making.enter_context(_held(growing, wait=False))
+        making.callback(shutil.rmtree, growing, ignore_errors=True)
+        yield growing
+
+
+@contextmanager
+def _held(folder: Path, *, wait: bool) -> Iterator[bool]:
+    """Whether this process alone holds the folder inside the block; never, where the system has no such locks."""
+    with ExitStack() as stack:
+        try:
+            import fcntl
+
+            handle = os.open(folder, os.O_RDONLY)
+            stack.callback(os.close, handle)
+            fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except (ImportError, OSError):
+            yield False
+        else:
+            yield True
 
 
 def write_config(folder: Path, config: Train) -> None:
