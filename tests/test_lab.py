@@ -25,6 +25,7 @@ from saltflat.lab.precision import Cast
 from saltflat.lab.recipes import RECIPES, adversary, described
 from saltflat.neighbours.adaptive_random_wp import adaptively_drawn, by_coordinate
 from saltflat.neighbours.kaggle import along_momentum, momentum
+from saltflat.neighbours.l1 import L1
 from saltflat.neighbours.random_wp import Gaussian, drawn
 from saltflat.neighbours.robust_wp import accumulated
 from saltflat.train import Stepped, fit
@@ -426,9 +427,11 @@ WIRING = {
     "seed": (7, lambda of: of.plan.seed == 7),
     "data.augment": ("crop-flip", lambda of: not torch.equal(of.augmented, IMAGES.images)),
     "data.rotation": (15.0, lambda of: not torch.equal(of.augmented, IMAGES.images)),
+    "data.cutout": (4, lambda of: not torch.equal(of.augmented, IMAGES.images)),
     "data.mix": ("mixup", lambda of: of.mixed[1].ndim == 2 and not torch.equal(of.mixed[0], of.x)),
     "data.label_smoothing": (0.1, lambda of: of.mixed[1].ndim == 2 and torch.equal(of.mixed[0], of.x)),
     "optimizer.swa_from": (0.5, lambda of: of.plan.swa_from == 0.5),
+    "optimizer.l1": (0.1, lambda of: of.plan.objective(0) == L1(AT(), 0.1)),
     "optimizer.nesterov": (True, lambda of: of.group["nesterov"]),
     "optimizer.decayed": ("weights", lambda of: of.groups[-1]["weight_decay"] == 0 < of.group["weight_decay"]),
 }
@@ -625,8 +628,8 @@ FIELDS = {
     "": "recipe seed device threads checkpoint_minutes keep_every",
     "compute": "precision compile lean spread sync_batch_norm",
     "data": (
-        "name path stored workers examples validation_examples augment padding padding_mode rotation mix mix_alpha "
-        "label_smoothing"
+        "name path stored workers examples validation_examples augment padding padding_mode rotation cutout mix "
+        "mix_alpha label_smoothing"
     ),
     "extra": "path share",
     "model": "name width depth widen_factor mean std activation initial",
@@ -637,8 +640,8 @@ FIELDS = {
         "increase eta beta per_rank shrink offset"
     ),
     "optimizer": (
-        "epochs batch_size accumulate learning_rate schedule warmup momentum nesterov weight_decay decayed average "
-        "swa_from clean_forward"
+        "epochs batch_size accumulate learning_rate schedule warmup momentum nesterov weight_decay l1 decayed "
+        "average swa_from clean_forward"
     ),
     "evaluation": "steps examples batch_size",
 }

@@ -1,7 +1,7 @@
 """Images as uint8, in memory or on disk, with readers of bundled and downloaded sets, exact splits and augmentation."""
 
 from saltflat.data.arrays import arrays
-from saltflat.data.augment import crop_flip, rotate
+from saltflat.data.augment import crop_flip, cutout, rotate
 from saltflat.data.cifar import cifar10, cifar100
 from saltflat.data.digits import digits
 from saltflat.data.download import SOURCES, Source, fetch
@@ -28,6 +28,7 @@ __all__ = [
     "cifar100",
     "crop_flip",
     "cutmix",
+    "cutout",
     "digits",
     "fetch",
     "folder",

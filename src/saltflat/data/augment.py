@@ -1,4 +1,4 @@
-"""Random crop, horizontal flip and rotation of a whole batch at once: one gather of pixels, no loop over images.
+"""Random crop, horizontal flip, rotation and cutout of a whole batch at once, without a loop over images.
 
 Image n with offsets (r_n, c_n) and flip f_n becomes out[i, j] = padded[i + r_n, j' + c_n], with j' = W - 1 - j when
 f_n, else j. This is the augmentation of He et al. 2015 (arXiv 1512.03385, section 4.2) with a `padding` of 4; `mode`
@@ -6,6 +6,9 @@ says what lies outside the image.
 
 Rotated counter-clockwise by t_n around its centre (a, b) = ((H - 1) / 2, (W - 1) / 2), it becomes out[i, j] = the pixel
 nearest to (a + (i - a) cos t_n + (j - b) sin t_n, b + (j - b) cos t_n - (i - a) sin t_n), or 0 where there is none.
+
+Cut out around (r_n, c_n), uniform over its pixels, it becomes 0 in the square of a given side around that pixel, which
+may reach over the border (DeVries and Taylor 2017, arXiv 1708.04552).
 """
 
 from typing import Literal, get_args
@@ -108,6 +111,34 @@ def rotated(images: Tensor, angles: Tensor) -> Tensor:
     inside = (rows >= 0) & (rows < height) & (columns >= 0) & (columns < width)
     found = _pixels(images, rows.clamp(0, height - 1), columns.clamp(0, width - 1))
     return torch.where(inside[:, None], found, 0)
+
+
+def cutout(images: Tensor, *, side: int, generator: torch.Generator) -> Tensor:
+    """Each image (N, C, H, W), of any dtype, with a square of `side` pixels in it set to 0.
+
+    The square covers rows r - side // 2 ... r - side // 2 + side - 1 of those there are, and columns likewise; draws
+    come from `generator` alone, on its device: N rows r in 0 ... H - 1 (`torch.randint`), then N columns c in 0 ...
+    W - 1. With a `side` of 0 nothing is drawn, and the images come back as they are.
+
+    Raises ValueError for images of another rank, and for a negative side.
+
+    >>> cutout(torch.ones(1, 1, 1, 5), side=3, generator=torch.Generator().manual_seed(0))
+    tensor([[[[1., 1., 0., 0., 0.]]]])
+    """
+    _check_shape(images)
+    if side < 0:
+        raise ValueError(f"side must be at least 0, got {side}")
+    if side == 0:
+        return images
+    inside = [_near(size, side, len(images), images.device, generator) for size in images.shape[2:]]
+    return images.masked_fill((inside[0][:, :, None] & inside[1][:, None, :])[:, None], 0)
+
+
+def _near(size: int, side: int, number: int, device: torch.device, generator: torch.Generator) -> Tensor:
+    """(N, size): which places along one axis are in the square, around a place of each image's own."""
+    centre = torch.randint(0, size, (number, 1), generator=generator, device=generator.device).to(device)
+    after = torch.arange(size, device=device) - (centre - side // 2)
+    return (after >= 0) & (after < side)
 
 
 def _check_shape(images: Tensor) -> None:

@@ -20,6 +20,7 @@ from saltflat.lab import adversaries
 from saltflat.lab.config import BadInput, Data, Train
 from saltflat.lab.precision import searched
 from saltflat.lab.threat import trained_against
+from saltflat.neighbours.l1 import L1
 from saltflat.neighbours.logit_pairing import ALP
 from saltflat.objectives import AT, MART, TRADES, Natural, Objective, Value
 from saltflat.random import Generator, derived_seed
@@ -252,6 +253,8 @@ def losses(config: Train) -> Objective:
 def objective(config: Train) -> Objective:
     """The pair of losses, as training asks for it."""
     found = losses(config)
+    if config.optimizer.l1:
+        found = L1(found, config.optimizer.l1)
     return CleanForwardToo(found) if config.optimizer.clean_forward == "inside" else found
 
 
@@ -340,9 +343,10 @@ def _augmentation(config: Train) -> Any:
     def augmented(images: Tensor, generator: torch.Generator) -> Tensor:
         if data.augment == "crop-flip":
             images = datasets.crop_flip(images, padding=data.padding, mode=data.padding_mode, generator=generator)
-        return datasets.rotate(images, degrees=data.rotation, generator=generator) if data.rotation else images
+        images = datasets.rotate(images, degrees=data.rotation, generator=generator)
+        return datasets.cutout(images, side=data.cutout, generator=generator)
 
-    return as_it_is if data.augment == "none" and data.rotation == 0 else augmented
+    return as_it_is if data.augment == "none" and data.rotation == 0 and data.cutout == 0 else augmented
 
 
 def _mixing(config: Train, classes: int) -> Any:

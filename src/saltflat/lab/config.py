@@ -141,6 +141,8 @@ class Data:
     """What the padding holds."""
     rotation: Annotated[Number, Field(ge=0, le=180)] = 0.0
     """Degrees, either way, that images are turned by at random, after the crop."""
+    cutout: CountOrZero = 0
+    """Side in pixels of a square that is blackened at random, after that."""
     mix: Literal["none", "mixup", "cutmix"] = "none"
     """Two images and their labels in one, before the attack, so that all adversaries see the same."""
     mix_alpha: Positive = 1.0
@@ -297,6 +299,9 @@ class Optimizer:
     """Nesterov's form of it."""
     weight_decay: NotNegative = 5e-4
     """Per step, of SGD; see decayed."""
+    l1: NotNegative = 0.0
+    """Times the sum of the absolute values of all weights of more than one dimension, added to the loss that training
+    minimises and the weight adversary climbs (an amortised one climbs the attack's, without it)."""
     decayed: Literal["all", "weights"] = "all"
     """What decays: all parameters, as in AWP's scripts, or those of more than one dimension."""
     average: Annotated[Number, Field(ge=0, lt=1)] = 0.0
@@ -530,6 +535,8 @@ def _check_spread(config: Train) -> None:
         raise BadInput(
             "awp.per_rank: expected false with compute.spread fsdp, where no process has a gradient, got true"
         )
+    if config.compute.spread == "fsdp" and of.l1 > 0:
+        raise BadInput(f"optimizer.l1: expected 0 with compute.spread fsdp, which has no sum of all, got {of.l1:g}")
     if config.compute.spread == "fsdp" and of.average > 0:
         raise BadInput(f"optimizer.average: expected 0 with compute.spread fsdp, got {of.average:g}")
     if config.compute.spread == "fsdp" and config.compute.sync_batch_norm:

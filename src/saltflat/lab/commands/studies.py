@@ -1,4 +1,4 @@
-"""Many networks beside each other: `saltflat study gap | compare | process`."""
+"""Many networks beside each other: `saltflat study gap | compare | claims | process`."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from saltflat.lab.config import BadInput, Count, CountOrZero, Positive
 
 @app.command
 def study() -> Job:
-    """Studies of many models, of some recipes, and of one model over its epochs: `saltflat study gap | compare |
-    process`.
+    """Studies of many models, of some recipes, of the paper's claims, and of one model over its epochs: `saltflat study
+    gap | compare | claims | process`.
     """
     raise AssertionError("`parsed` goes to the studies' own commands")
 
@@ -186,5 +186,61 @@ def compare(
         one = next(iter(runs.values()))
         engine = executors.named(executor, workers, one.device, one.threads)
         compare.study(runs, attacks, examples, out, engine)
+
+    return job
+
+
+@study_command
+def claims(
+    preset: Literal["small", "cpu", "paper"] = "small",
+    arms: tuple[str, ...] = (),
+    seeds: Seeds = 3,
+    set: tuple[str, ...] = (),
+    extra_path: Path | None = None,
+    out: Folder | None = None,
+    workers: CountOrZero = 0,
+    executor: Executor = "local",
+    dry: bool = False,
+) -> Job:
+    """Does AWP do what its paper says? Trains the methods with and without it, its neighbours, its settings, other
+    remedies, schedules and another network; measures the best and the last of each, and pairs their differences on a
+    page. One command, which goes on where it was interrupted.
+
+    The paper's own setting, on a GPU: `saltflat study claims --preset paper --set data.path=cifar-10-python.tar.gz
+    --extra-path ti_500K_pseudo_labeled.pickle`.
+
+    Args:
+        preset: small, the bundled digits, an hour on two cores; cpu, 1,000 images of CIFAR-10 and a small network, some
+            hours; paper, CIFAR-10, PreActResNet-18 and 200 epochs, on a GPU.
+        arms: which trainings, by name, and what they are held against; default all.
+        seeds: trainings of each.
+        set: FIELD=VALUE, changes to all of them, such as data.path=cifar-10-python.tar.gz.
+        extra_path: further labelled images, for rst; without them it is left out.
+        out: folder of runs, results and claims.html; default studies/claims-PRESET. What is finished there is kept.
+        workers: processes side by side, of one thread each unless `threads` is set; 0 takes as many as there are cores
+            for, or one for a GPU.
+        executor: who trains and attacks: local, processes here; tcp://HOST:8786, the workers of a Dask scheduler; or
+            package.module:function, code that is called for an executor (docs/cluster.md).
+        dry: list the runs, and stop.
+    """
+
+    def job() -> None:
+        from saltflat.lab.study import arms as given
+        from saltflat.lab.study import claims, compare, executors
+
+        folder, of = out or Path("studies") / f"claims-{preset}", given.PRESETS[preset]
+        base = compare.changed(of.base, set)
+        chosen = given.chosen(of, arms, extra_path)
+        runs = {
+            f"{arm.name}-seed{seed}": (arm, given.config(base, arm, seed, extra_path))
+            for arm in chosen
+            for seed in range(seeds)
+        }
+        if dry:
+            print("\n".join(runs))
+            return
+        engine = executors.named(executor, workers, base.device, base.threads)
+        entries = claims.entries(runs, of.plan, folder)
+        claims.study(entries, f"The claims of AWP, {preset} preset", folder, engine)
 
     return job

@@ -129,13 +129,13 @@ def trainings(
     found: dict[str, Train] = {}
     for name, changes in methods.items():
         for seed in SEEDS:
-            config = _named(_changed(base, {**changes, "seed": seed}))
+            config = named(changed(base, {**changes, "seed": seed}))
             if config not in found.values():
                 found[f"{name}-seed{seed}"] = config
     for axis, values in grid.axes.items():
         for name in grid.varied:
             for value in values:
-                config = _named(_changed(base, {**methods[name], axis: value}))
+                config = named(changed(base, {**methods[name], axis: value}))
                 if config not in found.values():
                     found[f"{name}-{axis.rpartition('.')[2].replace('_', '-')}-{value}"] = config
     return found
@@ -164,7 +164,7 @@ def _leaves(prefix: str, tree: Any) -> Iterator[tuple[str, Any]]:
             yield name, list(value) if isinstance(value, tuple) else str(value) if isinstance(value, Path) else value
 
 
-def _changed(config: Train, changes: Change) -> Train:
+def changed(config: Train, changes: Change) -> Train:
     for name, value in changes.items():
         part, _, leaf = name.rpartition(".")
         inner = replace(getattr(config, part), **{leaf: value}) if part else value
@@ -172,7 +172,7 @@ def _changed(config: Train, changes: Change) -> Train:
     return config
 
 
-def _named(config: Train) -> Train:
+def named(config: Train) -> Train:
     """The recipe's name says the objective, and who perturbs the weights."""
     _, name = adversary(config.awp)
     return replace(config, recipe=config.objective.name + (f"-{name}" if name else ""))
@@ -190,9 +190,7 @@ def _method(recipe: str, grid: Grid) -> Change:
             f"recipes: a grid takes a recipe's objective and weight adversary alone, and {recipe!r} is more than that"
         )
     found = {"objective": of.objective, "awp": of.awp}
-    if _named(_changed(grid.base, found)) in [
-        _named(_changed(grid.base, changes)) for changes in grid.methods.values()
-    ]:
+    if named(changed(grid.base, found)) in [named(changed(grid.base, changes)) for changes in grid.methods.values()]:
         raise BadInput(f"recipes: {recipe!r} adds nothing to the grid; expected others")
     return found
 

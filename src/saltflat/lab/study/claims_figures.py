@@ -1,0 +1,103 @@
+"""Figures of the study of the paper's claims, as SVG: what AWP changes, pair by pair, and what its size does.
+
+Differences are in percentage points, paired over seeds; a bar is Student's 95 % interval of the mean, a small mark the
+difference of one seed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+from saltflat.lab.report.drawing import GRID, HEADING, INK, MUTED, SMALL, TEXT, colour, drawing, shortened, svg
+from saltflat.lab.report.statistics import Spread
+from saltflat.lab.study.claims_results import half_width
+
+WIDTH, LABELS, ROW = 960.0, 250.0, 30.0  # pixels
+TOP, BOTTOM = 104.0, 46.0
+
+
+@dataclass(frozen=True, eq=False)
+class Strip:
+    """A quantity: its title, what it is in small print, and a difference for every row."""
+
+    title: str
+    under: str
+    differences: Sequence[Spread]
+
+
+def forest(
+    rows: Sequence[str], strips: Sequence[Strip], *, title: str, note: str, identity: str, description: str
+) -> str:
+    """A row for every pair, a column for every quantity; each column has its own axis, and 0 is marked."""
+    height = TOP + ROW * len(rows) + BOTTOM
+    with drawing(identity):
+        figure = Figure(figsize=(WIDTH / 72, height / 72), facecolor="none", dpi=72)
+        _line(figure, title, 18, size=HEADING, ink=INK, weight="bold")
+        _line(figure, note, 38, size=SMALL, ink=MUTED)
+        width, space = (WIDTH - LABELS - 14) / len(strips), 26.0
+        for place, strip in enumerate(strips):
+            left = LABELS + place * width + space / 2
+            box = (left / WIDTH, BOTTOM / height, (width - space) / WIDTH, ROW * len(rows) / height)
+            axes = figure.add_axes(box, facecolor="none")
+            _frame(axes, len(rows), strip)
+            for row, difference in enumerate(strip.differences):
+                _estimate(axes, row, difference, colour(place))
+        for row, name in enumerate(rows):
+            _line(figure, shortened(name, 40), TOP + ROW * row + ROW / 2 + 4, size=TEXT, ink=INK)
+        return svg(figure, identity, description)
+
+
+def _frame(axes: Axes, rows: int, strip: Strip) -> None:
+    reach = 1.1 * max([1e-9, *(_reach(spread) for spread in strip.differences)])
+    axes.set_xlim(-reach, reach)
+    axes.set_ylim(rows - 0.5, -0.5)
+    axes.grid(axis="x", color=GRID, linewidth=1.0)
+    axes.set_axisbelow(True)
+    axes.axvline(0.0, color=MUTED, linewidth=1.0, zorder=1)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.spines["bottom"].set_color(MUTED)
+    axes.tick_params(colors=MUTED, labelsize=SMALL, width=0.8, length=4)
+    axes.set_yticks([])
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=5, symmetric=True))
+    axes.xaxis.set_major_formatter(
+        FuncFormatter(lambda value, _: f"{value + 0.0:+g}".replace("-", "−").replace("+0", "0") if value else "0")
+    )
+    for text, up, size, ink in ((strip.title, 22, TEXT, INK), (strip.under, 7, SMALL, MUTED)):
+        axes.annotate(
+            text, (0.5, 1.0), (0, up), "axes fraction", "offset points", ha="center", fontsize=size, color=ink
+        )  # fmt: skip
+
+
+def _reach(of: Spread) -> float:
+    """How far from 0 a row's marks and interval go; an interval of two seeds, six times as wide as they lie apart, is
+    cut by the axis.
+    """
+    values = [abs(value) for value in of.by_seed.values()]
+    half = half_width(of)
+    whole = abs(of.mean) + half if math.isfinite(half) and of.n > 2 else 0.0
+    return max([0.0, whole, *values])
+
+
+def _estimate(axes: Axes, row: int, of: Spread, ink: str) -> None:
+    values = np.array(list(of.by_seed.values()))
+    if not len(values):
+        return
+    axes.plot(values, np.full(len(values), row + 0.24), "|", color=ink, markersize=6, markeredgewidth=1.2, zorder=3)
+    half = half_width(of)
+    if math.isfinite(half):
+        axes.plot(
+            [of.mean - half, of.mean + half], [row, row], color=ink, linewidth=2.4, solid_capstyle="butt", zorder=3
+        )
+    axes.plot([of.mean], [row], "o", color=ink, markersize=6.5, zorder=4)
+
+
+def _line(figure: Figure, text: str, down: float, *, size: float, ink: str, weight: str = "normal") -> None:
+    width, height = figure.get_size_inches() * 72
+    figure.text(4 / width, 1 - down / height, shortened(text, 200), fontsize=size, fontweight=weight, color=ink)

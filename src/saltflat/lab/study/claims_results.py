@@ -1,0 +1,208 @@
+"""What the study of the paper's claims found, run by run, and the numbers that its tables and figures are made of.
+
+    OUT/results/ARM-seedN.json    written by `claims`; all that is here is a function of these
+
+With accuracies in percent, gaps and drops in points, losses in nats:
+
+    robust(c)   robust accuracy on test of checkpoint c, best (on validation) or last, under the gap's PGD
+    drop        robust(best) - robust(last)
+    gap         robust accuracy on training images - that on test images, of the last checkpoint, by one attack
+    rise        mean over alpha of g(alpha) - g(0), of the last checkpoint's landscape: mean over directions
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from saltflat.lab.config import BadInput
+from saltflat.lab.record import unsealed
+from saltflat.lab.report.statistics import Spread, finite, paired
+
+Quantity = Callable[["Result"], float | None]
+
+
+@dataclass(frozen=True, eq=False)
+class Result:
+    """One run. note: why it has no numbers."""
+
+    arm: str
+    question: str
+    against: str
+    seed: int
+    config: Mapping[str, Any]
+    plan: Mapping[str, Any]
+    environment: Mapping[str, Any]
+    note: str = ""
+    epochs: Sequence[Mapping[str, Any]] = ()
+    best: Mapping[str, Any] = field(default_factory=dict)
+    last: Mapping[str, Any] = field(default_factory=dict)
+    flatness: Mapping[str, Any] = field(default_factory=dict)
+    landscape: Mapping[str, Any] = field(default_factory=dict)
+    asked: str = ""
+
+
+@dataclass(frozen=True, eq=False)
+class Group:
+    """An arm: its runs in the order of their seeds."""
+
+    arm: str
+    question: str
+    against: str
+    runs: Sequence[Result]
+
+    def spread(self, quantity: Quantity) -> Spread:
+        """A quantity of every run that has it."""
+        return finite({run.seed: quantity(run) for run in self.runs})
+
+
+@dataclass(frozen=True)
+class Pair:
+    """An arm and what it is held against, over the seeds that both have."""
+
+    arm: Group
+    against: Group
+
+    def difference(self, quantity: Quantity) -> Spread:
+        """arm - against, seed by seed."""
+        return paired(self.against.spread(quantity), self.arm.spread(quantity))
+
+    @property
+    def adds_awp(self) -> bool:
+        """Whether AWP is all that the arm has more."""
+        arm, against = (dict(group.runs[0].config) for group in (self.arm, self.against))
+        (ours, theirs), names = (of.pop("awp") for of in (arm, against)), ("recipe", "seed")
+        same = all(arm[name] == against[name] for name in arm if name not in names)
+        return bool(same and theirs["gamma"] == 0 and ours["gamma"] > 0 and ours["method"] == "awp")
+
+
+def read_results(folder: Path) -> list[Result]:
+    """All of a folder, by name; BadInput for a file that is none."""
+    return [_read(path) for path in sorted(folder.glob("*.json"))]
+
+
+def _read(path: Path) -> Result:
+    try:
+        return Result(**unsealed(json.loads(path.read_text(encoding="utf-8"))))
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise BadInput(f"results: {str(path)!r} is no result of this study ({error})") from None
+
+
+def grouped(results: Sequence[Result], order: Sequence[str]) -> list[Group]:
+    """By arm, those that `order` names first and in its order."""
+    arms = dict.fromkeys([*order, *(result.arm for result in results)])
+    members = {arm: sorted((r for r in results if r.arm == arm), key=lambda result: result.seed) for arm in arms}
+    return [Group(arm, runs[0].question, runs[0].against, runs) for arm, runs in members.items() if runs]
+
+
+def pairs(groups: Sequence[Group]) -> list[Pair]:
+    """Every arm with what it is held against, where both have runs."""
+    by_name = {group.arm: group for group in groups}
+    return [Pair(group, by_name[group.against]) for group in groups if group.against in by_name]
+
+
+# Quantities
+
+
+def robust(checkpoint: str) -> Quantity:
+    """Robust accuracy on test, %."""
+    return lambda of: _percent(getattr(of, checkpoint), "gap", "test", "robust_accuracy")
+
+
+def clean(checkpoint: str) -> Quantity:
+    """Accuracy on test without attack, %."""
+    return lambda of: _percent(getattr(of, checkpoint), "gap", "test", "clean_accuracy")
+
+
+def attacked(checkpoint: str) -> Quantity:
+    """What the last, strongest, of the plan's attacks leaves, %, on its own number of test images."""
+    return lambda of: 100 * rows[-1]["accuracy"] if (rows := _rows(getattr(of, checkpoint))) else None
+
+
+def robust_train(of: Result) -> float | None:
+    """Robust accuracy on training images of the last checkpoint, %."""
+    return _percent(of.last, "gap", "train", "robust_accuracy")
+
+
+def gap(of: Result) -> float | None:
+    """Points, at the last checkpoint."""
+    return _percent(of.last, "gap", "gap", "accuracy")
+
+
+def drop(of: Result) -> float | None:
+    """Points of robust test accuracy lost from the best checkpoint to the last."""
+    best, last = robust("best")(of), robust("last")(of)
+    return None if best is None or last is None else best - last
+
+
+def flatness(of: Result) -> float | None:
+    """The first measure of flatness, average case by the presets, in its unit."""
+    rows = of.flatness.get("measures") or [{"value": None}]
+    return _number(rows[0]["value"])
+
+
+def rise(of: Result) -> float | None:
+    """Mean rise of the robust loss over the landscape, nats."""
+    curves = [curve for curve in (centred(of) or {}).values() if np.isfinite(curve).all()]
+    return float(np.mean(curves)) if curves else None
+
+
+def centred(of: Result) -> dict[int, np.ndarray[Any, np.dtype[np.float64]]] | None:
+    """g(alpha) - g(0) by direction, (alphas,), nan where it is not finite; None without a landscape."""
+    if not of.landscape:
+        return None
+    middle = list(of.landscape["alphas"]).index(0.0)
+    found = {}
+    for curve in of.landscape["curves"]:
+        losses = np.array([math.nan if loss is None else loss for loss in curve["robust_loss"]], dtype=np.float64)
+        found[int(curve["direction_seed"])] = losses - losses[middle]
+    return found
+
+
+def _rows(checkpoint: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
+    return checkpoint["attacks"]["rows"] if checkpoint else ()
+
+
+def _percent(tree: Mapping[str, Any], *names: str) -> float | None:
+    for name in names:
+        if name not in tree:
+            return None
+        tree = tree[name]
+    value = _number(tree)
+    return None if value is None else 100 * value
+
+
+def _number(value: Any) -> float | None:
+    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
+
+
+# Intervals
+
+
+def half_width(of: Spread, level: float = 0.95) -> float:
+    """Half the width of Student's t interval of a mean: t_(n-1) s / sqrt(n); nan for fewer than two values."""
+    return student(of.n - 1, level) * of.deviation / math.sqrt(of.n) if of.n > 1 else math.nan
+
+
+def student(freedom: int, level: float = 0.95) -> float:
+    """t with P(|T| <= t) = level, for T of Student's distribution with so many degrees of freedom.
+
+    With t = sqrt(freedom) tan(a), the probability is an integral of cos^(freedom - 1) over angles, smooth and bounded:
+    summed by trapezoids, and inverted. Good to seven digits.
+
+    >>> round(student(1), 2), round(student(2), 3), round(student(30), 3)
+    (12.71, 4.303, 2.042)
+    """
+    if freedom < 1 or not 0 < level < 1:
+        raise ValueError(f"expected freedom >= 1 and 0 < level < 1, got {freedom} and {level}")
+    angles = np.linspace(0.0, math.pi / 2, 20001)
+    density = np.cos(angles) ** (freedom - 1)
+    cumulative = np.concatenate([[0.0], np.cumsum((density[1:] + density[:-1]) / 2)])
+    angle = float(np.interp(level, cumulative / cumulative[-1], angles))
+    return math.sqrt(freedom) * math.tan(angle)

@@ -1,0 +1,101 @@
+"""Sentences that follow from the numbers of the study of the paper's claims.
+
+A comparison says that AWP lowers a quantity only if Student's 95 % interval of the paired difference lies below 0, and
+that it raises it only if it lies above; else they are not told apart.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from saltflat.lab.report.notation import counted
+from saltflat.lab.report.statistics import Spread
+from saltflat.lab.report.words import Sentence
+from saltflat.lab.study.claims_results import Group, Pair, Quantity, drop, gap, half_width, pairs, robust
+from saltflat.lab.study.claims_tables import signed
+
+FEW = 3  # fewer seeds are an anecdote
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A quantity that AWP is said to change."""
+
+    name: str
+    quantity: Quantity
+
+
+CLAIMS = (
+    Claim("the robust generalisation gap at the last epoch", gap),
+    Claim("the drop of robust test accuracy from the best epoch to the last", drop),
+    Claim("robust test accuracy at the last epoch", robust("last")),
+    Claim("robust test accuracy at the best epoch", robust("best")),
+)
+
+
+def headline(groups: Sequence[Group]) -> list[Sentence]:
+    """What plain training does, and what AWP changes."""
+    some = with_awp(groups)
+    return [*_baseline(groups), *(_claimed(claim, some) for claim in CLAIMS if some)] or [
+        Sentence("No comparison with and without AWP has been made yet.")
+    ]
+
+
+def with_awp(groups: Sequence[Group]) -> list[Pair]:
+    """The pairs in which AWP is all that is added."""
+    return [pair for pair in pairs(groups) if pair.adds_awp]
+
+
+def _baseline(groups: Sequence[Group]) -> list[Sentence]:
+    plain = next((group for group in groups if group.arm == "at"), None)
+    if plain is None or not plain.spread(gap).n:
+        return []
+    fallen, opened = plain.spread(drop), plain.spread(gap)
+    return [
+        Sentence(
+            f"Plain AT loses {_mean(fallen)} points of robust test accuracy from its best epoch to the last, and ends "
+            f"with a robust generalisation gap of {_mean(opened)} points ({_seeds(opened.n)})."
+        )
+    ]
+
+
+def _claimed(claim: Claim, some: Sequence[Pair]) -> Sentence:
+    differences = {pair.arm.arm: pair.difference(claim.quantity) for pair in some}
+    measured = {name: of for name, of in differences.items() if of.n}
+    lower, higher = ([name for name, of in measured.items() if side(of) == sign] for sign in (-1, 1))
+    apart = len(measured) - len(lower) - len(higher)
+    return Sentence(
+        f"AWP lowers {claim.name} in {len(lower)} of {counted(len(measured), 'comparison')}, raises it in {len(higher)}; "
+        f"in {apart} the two are not told apart.",
+        "Differences in points: " + "; ".join(f"{name} {interval(of)}" for name, of in measured.items()) + ".",
+    )
+
+
+def side(of: Spread) -> int:
+    """−1 where the interval of the mean lies below 0, 1 where above, 0 where it holds 0 or there are too few seeds."""
+    half = half_width(of)
+    if of.n < FEW or not abs(of.mean) > half:
+        return 0
+    return int(math.copysign(1, of.mean))
+
+
+def interval(of: Spread, places: int = 1) -> str:
+    """The mean and its interval, in words of a line.
+
+    >>> interval(Spread({0: 1.0, 1: 2.0, 2: 3.0}))
+    '+2.0 [−0.5, +4.5]'
+    """
+    half = half_width(of)
+    if not math.isfinite(half):
+        return f"{signed(of.mean, places)} (one seed)"
+    return f"{signed(of.mean, places)} [{signed(of.mean - half, places)}, {signed(of.mean + half, places)}]"
+
+
+def _mean(of: Spread) -> str:
+    return f"{of.mean:.1f} ± {of.deviation:.1f}".replace("-", "−") if of.n > 1 else f"{of.mean:.1f}".replace("-", "−")
+
+
+def _seeds(n: int) -> str:
+    return f"{counted(n, 'seed')}{', an anecdote' if n < FEW else ''}"
