@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from saltflat.lab.gaps import robust_gap
 from saltflat.lab.landscapes import line
 from saltflat.lab.study import claims_page
 from saltflat.lab.study.arms import Arm, Plan
-from saltflat.lab.study.claims_results import read_results
+from saltflat.lab.study.claims_results import grouped, read_results
 from saltflat.lab.study.table import plain
 from saltflat.lab.study.workers import Engine, side_by_side
 from saltflat.lab.subjects import from_run
@@ -64,12 +64,13 @@ def study(asked: Mapping[str, Entry], title: str, out: Path, engine: Engine) -> 
     record.check_folder("out", out)
     missing = {name: entry for name, entry in asked.items() if _found(entry) is None}
     trainings.check_free({entry.folder: entry.config for entry in missing.values()})
-    for config in {repr(replace(entry.config.data)): entry.config for entry in missing.values()}.values():
+    for config in {repr((entry.config.data, entry.config.extra)): entry.config for entry in missing.values()}.values():
         trainings.check(config)
     with engine() as executor, record.alone(out / "study.lock"):
         (out / "results").mkdir(parents=True, exist_ok=True)
         side_by_side(_made, missing, executor, out / "logs", in_words)
-        path = claims_page.write(read_results(out / "results"), title, out)
+        order = list(dict.fromkeys(entry.arm.name for entry in asked.values()))
+        path = claims_page.write(grouped(read_results(out / "results"), order), title, out)
     say(f"{len(asked)} runs in {time.perf_counter() - began:.0f} s; open {path} in a browser")
 
 

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 
-from saltflat.lab.report.drawing import GRID, HEADING, INK, MUTED, SMALL, TEXT, colour, drawing, shortened, svg
+from saltflat.lab.report.drawing import GRID, HEADING, INK, MUTED, SMALL, TEXT, colour, drawing, panel, shortened, svg
 from saltflat.lab.report.statistics import Spread
 from saltflat.lab.study.claims_results import half_width
 
@@ -96,6 +96,48 @@ def _estimate(axes: Axes, row: int, of: Spread, ink: str) -> None:
             [of.mean - half, of.mean + half], [row, row], color=ink, linewidth=2.4, solid_capstyle="butt", zorder=3
         )
     axes.plot([of.mean], [row], "o", color=ink, markersize=6.5, zorder=4)
+
+
+def _tick(value: float, _: int | None = None) -> str:
+    """
+    >>> _tick(-2.5), _tick(0.0), _tick(10.0)
+    ('−2.5', '0', '+10')
+    """
+    return f"{value:+g}".replace("-", "−") if value else "0"
+
+
+def dose(
+    sizes: Sequence[float],
+    values: Sequence[Spread],
+    without: Spread,
+    *,
+    title: str,
+    note: str,
+    series: int,
+    identity: str,
+    description: str,
+) -> str:
+    """A quantity against the size gamma, on a logarithmic axis, with intervals; a line and a band: without AWP."""
+    with drawing(identity):
+        figure, axes = panel(title, note, right=14, series=series)
+        ink = colour(series)
+        half = half_width(without)
+        if math.isfinite(half):
+            axes.axhspan(without.mean - half, without.mean + half, color=MUTED, alpha=0.13, linewidth=0, zorder=1)
+        axes.axhline(without.mean, color=MUTED, linewidth=1.4, linestyle=(0, (5, 2)), zorder=2)
+        means = [value.mean for value in values]
+        axes.plot(sizes, means, color=ink, linewidth=1.6, zorder=3)
+        for size, value in zip(sizes, values, strict=True):
+            ends = half_width(value)
+            if math.isfinite(ends):
+                axes.plot([size, size], [value.mean - ends, value.mean + ends], color=ink, linewidth=2.2, zorder=3)
+            axes.plot([size], [value.mean], "o", color=ink, markersize=6.5, zorder=4)
+        axes.set_xscale("log")
+        axes.set_xlim(min(sizes) / 1.5, max(sizes) * 1.5)
+        axes.set_xticks(sizes, [f"{size:g}" for size in sizes])
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.set_xlabel("gamma, relative to each layer's norm, logarithmic axis")
+        return svg(figure, identity, description)
 
 
 def _line(figure: Figure, text: str, down: float, *, size: float, ink: str, weight: str = "normal") -> None:

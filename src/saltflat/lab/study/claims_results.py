@@ -23,6 +23,7 @@ import numpy as np
 
 from saltflat.lab.config import BadInput
 from saltflat.lab.record import unsealed
+from saltflat.lab.report.curves import Array, centre
 from saltflat.lab.report.statistics import Spread, finite, paired
 
 Quantity = Callable[["Result"], float | None]
@@ -148,21 +149,17 @@ def flatness(of: Result) -> float | None:
 
 
 def rise(of: Result) -> float | None:
-    """Mean rise of the robust loss over the landscape, nats."""
-    curves = [curve for curve in (centred(of) or {}).values() if np.isfinite(curve).all()]
-    return float(np.mean(curves)) if curves else None
-
-
-def centred(of: Result) -> dict[int, np.ndarray[Any, np.dtype[np.float64]]] | None:
-    """g(alpha) - g(0) by direction, (alphas,), nan where it is not finite; None without a landscape."""
+    """Mean rise of the robust loss over the landscape, nats; None where it is not finite."""
     if not of.landscape:
         return None
-    middle = list(of.landscape["alphas"]).index(0.0)
-    found = {}
-    for curve in of.landscape["curves"]:
-        losses = np.array([math.nan if loss is None else loss for loss in curve["robust_loss"]], dtype=np.float64)
-        found[int(curve["direction_seed"])] = losses - losses[middle]
-    return found
+    curves = losses(of)
+    return _number(float((curves - centre(np.array(of.landscape["alphas"]), curves)).mean()))
+
+
+def losses(of: Result) -> Array:
+    """g(alpha) of every direction, (directions, alphas), nan where it is not finite."""
+    rows = [[_number(loss) for loss in curve["robust_loss"]] for curve in of.landscape["curves"]]
+    return np.array([[math.nan if loss is None else loss for loss in row] for row in rows], dtype=np.float64)
 
 
 def _rows(checkpoint: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:

@@ -67,8 +67,8 @@ def _claimed(claim: Claim, some: Sequence[Pair]) -> Sentence:
     lower, higher = ([name for name, of in measured.items() if side(of) == sign] for sign in (-1, 1))
     apart = len(measured) - len(lower) - len(higher)
     return Sentence(
-        f"AWP lowers {claim.name} in {len(lower)} of {counted(len(measured), 'comparison')}, raises it in {len(higher)}; "
-        f"in {apart} the two are not told apart.",
+        f"AWP lowers {claim.name} in {len(lower)} of {counted(len(measured), 'comparison')}, raises it in "
+        f"{len(higher)}; in {apart} the two are not told apart.",
         "Differences in points: " + "; ".join(f"{name} {interval(of)}" for name, of in measured.items()) + ".",
     )
 
