@@ -3,23 +3,25 @@
     python -m records.generate
 
 A record is a folder `<date>_<idea>/` with `runs/*/` in it: run folders as `saltflat train`, `evaluate` and `landscape`
-write them, without the weights; or the `table.json` of a `saltflat study gap`; or what the scripts in `benchmarks/`
-wrote. Between the marks
+write them, without the weights; or the `table.json` of a `saltflat study gap`; or the `results/*.json` of a `saltflat
+study claims`; or what the scripts in `benchmarks/` wrote. Between the marks
 
     <!-- generated: FOLDER -->   ...   <!-- end -->
 
-in a record's README stands what this script wrote; the project's README has a shorter form, and docs/scaling.md the
-same, beside what `benchmarks/scaling_model.py` plans, in a block named `plan`. A test fails when that is not what the
+in a record's README stands what this script wrote; the project's README and docs/evidence.md have a shorter form, and
+docs/scaling.md the same, beside what `benchmarks/scaling_model.py` plans, in a block named `plan`. A test fails when that is not what the
 script would write now.
 """
 
 import json
+import os
 import re
 from pathlib import Path
 
-from benchmarks import scaling_model, speedrun
+from benchmarks import official_logs, scaling_model, speedrun
 from benchmarks.tables import compared, planned
 from saltflat.lab.report import markdown
+from saltflat.lab.study import claims_markdown
 from saltflat.lab.study import markdown as study
 
 ROOT = Path(__file__).parent.parent
@@ -28,26 +30,36 @@ BLOCK = re.compile(r"(<!-- generated: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 def pages() -> list[Path]:
     """The files that hold generated blocks."""
-    return [ROOT / "README.md", ROOT / "docs" / "scaling.md", *sorted((ROOT / "records").glob("*/README.md"))]
+    return [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "records").glob("*/README.md"))]
 
 
 def generated(page: Path) -> str:
     """The page's text with every block made anew."""
+    return made_anew(page.read_text(), page.parent)
+
+
+def made_anew(text: str, at: Path) -> str:
+    """The same, of the text of a page in the folder `at`."""
 
     def block(match: re.Match[str]) -> str:
         record = ROOT / "records" / match[2]
-        made = _plan() if match[2] == "plan" else _shown(record, page.parent == record)
+        made = _plan() if match[2] == "plan" else _shown(record, at)
         return f"{match[1]}\n{made}\n\n{match[3]}"
 
-    return BLOCK.sub(block, page.read_text())
+    return BLOCK.sub(block, text)
 
 
-def _shown(record: Path, whole: bool) -> str:
-    pictures = f"records/{record.name}"
+def _shown(record: Path, at: Path) -> str:
+    """In a page of the folder `at`: whole in the record's own, brief in others."""
+    whole, pictures = at == record, Path(os.path.relpath(record, at)).as_posix()
     if (record / "runs").is_dir():
         return markdown.summary(runs_of(record)) if whole else markdown.brief(runs_of(record), pictures)
     if (record / "table.json").is_file():
         return study.summary(record) if whole else study.brief(record, pictures)
+    if (record / "results").is_dir():
+        return claims_markdown.summary(record) if whole else claims_markdown.brief(record, f"{pictures}/")
+    if (record / "logs.json").is_file():
+        return official_logs.markdown(record / "logs.json")
     return "\n\n".join([compared(record), *(markdown_of(path) for path in sorted(record.glob("speedrun*.json")))])
 
 
@@ -64,6 +76,8 @@ def markdown_of(path: Path) -> str:
 def _figures(record: Path) -> dict[str, str]:
     if (record / "runs").is_dir():
         return markdown.figures(runs_of(record))
+    if (record / "results").is_dir():
+        return claims_markdown.figures(record)
     return study.figures(record) if (record / "table.json").is_file() else {}
 
 
