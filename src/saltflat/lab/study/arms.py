@@ -172,7 +172,7 @@ CPU = Preset(
     base=replace(
         RECIPES["cifar10-at"],
         data=replace(RECIPES["cifar10-at"].data, augment="none", examples=600, validation_examples=300),
-        model=replace(RECIPES["cifar10-at"].model, name="small-resnet", width=24),
+        model=replace(RECIPES["cifar10-at"].model, name="small-resnet", width=16),
         optimizer=replace(RECIPES["cifar10-at"].optimizer, epochs=40, batch_size=32),
         evaluation=Evaluation(steps=5, examples=150),
         threads=1,
