@@ -72,25 +72,23 @@ class Preset:
     plan: Plan
 
 
-AWP, TRADES, MART = "AWP on AT, TRADES, MART and RST", {"objective.name": "trades"}, {"objective.name": "mart"}
+AWP = "AWP on AT, TRADES, MART and RST"
+TRADES = {"objective.name": "trades", "attack.start": "gaussian"}  # as published
+MART = {"objective.name": "mart", "attack.start": "gaussian"}
 NEIGHBOURS = "Its neighbours"
 GAMMA, STEPS = "The size gamma of the weight perturbation", "The ascent: K2 steps, A alternations"
 L2, OTHERS = "L2 in place of L-inf", "Other remedies of overfitting"
 RATES, NETWORK = "Schedules of the learning rate", "Another architecture"
 
 
-def _methods(gamma: float, trades: float, extra: Change | None) -> list[Arm]:
-    """With and without AWP; RST where there are further labelled images."""
-    weights = {"at": gamma, "trades": trades, "mart": trades}
+def _methods(at: Change, others: Change, extra: Change | None) -> list[Arm]:
+    """With and without AWP, as it is on AT and as it is on the others; RST where there are further labelled images."""
     found = []
-    for name, changes in (("at", {}), ("trades", TRADES), ("mart", MART)):
-        found += [
-            Arm(name, AWP, "", changes),
-            Arm(f"{name}-awp", AWP, name, {**changes, "awp.gamma": weights[name]}),
-        ]
+    for name, changes, awp in (("at", {}, at), ("trades", TRADES, others), ("mart", MART, others)):
+        found += [Arm(name, AWP, "", changes), Arm(f"{name}-awp", AWP, name, {**changes, **awp})]
     if extra is not None:
         rst = {**TRADES, **extra}
-        found += [Arm("rst", AWP, "trades", rst), Arm("rst-awp", AWP, "rst", {**rst, "awp.gamma": trades})]
+        found += [Arm("rst", AWP, "trades", rst), Arm("rst-awp", AWP, "rst", {**rst, **others})]
     return found
 
 
@@ -147,7 +145,7 @@ SMALL = Preset(
         device="cpu",
     ),
     arms=[
-        *_methods(0.005, 0.005, None),
+        *_methods({"awp.gamma": 0.005}, {"awp.gamma": 0.005}, None),
         *_neighbours(0.005),
         *_gammas((0.002, 0.01, 0.02)),
         *_ascents(0.005, 5),
@@ -179,7 +177,7 @@ CPU = Preset(
         device="cpu",
     ),
     arms=[
-        *_methods(0.01, 0.005, {"extra.share": 0.5}),
+        *_methods({"awp.gamma": 0.01}, {"awp.gamma": 0.005}, {"extra.share": 0.5}),
         *_neighbours(0.01),
         *_gammas((0.001, 0.003, 0.03)),
         *_remedies(5e-5, 5e-3, 14),
@@ -204,7 +202,7 @@ CPU = Preset(
 PAPER = Preset(
     base=RECIPES["cifar10-at"],
     arms=[
-        *_methods(0.01, 0.005, {"extra.share": 0.5}),
+        *_methods({"awp.gamma": 0.01}, {"awp.gamma": 0.005, "awp.warmup": 9}, {"extra.share": 0.5}),
         *_neighbours(0.01),
         *_gammas((0.001, 0.005, 0.02)),
         *_remedies(5e-6, 5e-3, 14),
