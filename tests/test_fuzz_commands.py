@@ -32,6 +32,7 @@ COMMANDS: dict[str, tuple[Any, list[str]]] = {  # a command's function, and argu
     "study gap": (studies.gap, ["--preset", "small", "--dry"]),
     "study process": (studies.process, [RUN, "--out", "new"]),
     "study compare": (studies.compare, ["at", "at-awp", "--out", "new"]),
+    "study claims": (studies.claims, ["--out", "new"]),
 }
 OF_KIND = {
     "int": ["x", "", "1.5", "-1", "nan", "9" * 30, "0x10", "1e3", ODD],
@@ -42,7 +43,7 @@ OF_KIND = {
     "path": [],
     "numbers": ["x", "nan", "1/0"],
 }
-SEVERAL = ("mean", "std", "set", "recipes", "checkpoints")  # or none
+SEVERAL = ("mean", "std", "set", "recipes", "checkpoints", "arms")  # or none
 OF_NAME = {  # what a type does not say
     "checkpoint": ["", "first", "../../best", ODD, "x" * 300],
     "device": ["gpu", "cuda:99", "cuda:x", "meta", "cpu:-1", ODD],
@@ -51,6 +52,7 @@ OF_NAME = {  # what a type does not say
     "attacks": ["", "pgd", "pgd-0", "pgd-20x0", "clean+fgsm", "fgsm+fgsm", ODD],
     "measures": ["", "flat", ODD],
     "recipes": ["", "att", ODD],
+    "arms": ["", "att", ODD],
     "points": ["2", "0", "4", "1000000001"],
     "out": ["junk/below"],
     "listing": [NOWHERE, "junk", "."],
@@ -132,6 +134,9 @@ BY_HAND = {
     "study process": [["study", "process"], ["study", "process", RUN, RUN]],
     "study compare": [["study", "compare"], ["study", "compare", "att"], ["study", "compare", "at", "at"],
                       ["study", "compare", "cifar10-at"], ["study", "compare", "at", "--attacks", "pgd"]],
+    "study claims": [["study", "claims", "--preset", "cpu"], ["study", "claims", "--extra-path", NOWHERE],
+                     ["study", "claims", "--preset", "cpu", "--arms", "rst", "--set", "data.path=junk"],
+                     ["study", "claims", "--arms", "at", "--out", "junk"]],
     "study": [["study", "nothing"], ["study", ""], ["study", "gap", "compare"], ["study", "--out", "new"]],
     "no command": [["trian" + ODD], ["x" * 10**5]],  # what tyro would suggest instead takes it seconds
     "train --resume": [["train", "--resume"], ["train", "--resume", NOWHERE], ["train", "--resume", "junk"],

@@ -54,7 +54,7 @@ def with_data(base):
 @pytest.mark.parametrize("name", arms.PRESETS)
 def test_every_config_of_a_preset_is_one(name):
     preset = arms.PRESETS[name]
-    for arm in arms.chosen(preset, [], Path("extra.npz")):
+    for arm in preset.arms:
         checked(arms.config(with_data(preset.base), arm, 0, Path("extra.npz")))
 
 
@@ -92,6 +92,8 @@ def test_what_an_arm_is_held_against_comes_with_it_and_rst_comes_with_images():
     assert {arm.name for arm in arms.chosen(of, [], Path("x.npz"))} == everyone
     with pytest.raises(BadInput, match="extra_path: expected a file of further labelled images for rst, got none"):
         arms.chosen(of, ["rst"], None)
+    with pytest.raises(BadInput, match="extra_path: none of these arms takes further images, expected none, got 'x'"):
+        arms.chosen(arms.SMALL, [], Path("x"))
     with pytest.raises(BadInput, match=r"arms: expected any of at, .*, got 'tradez'"):
         arms.chosen(of, ["tradez"], None)
 

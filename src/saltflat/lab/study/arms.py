@@ -247,7 +247,10 @@ def chosen(preset: Preset, names: Sequence[str], extra: Path | None) -> list[Arm
             continue
         wanted.add(name)
         waiting += [arm.against] if arm.against and arm.against not in wanted else []
-    return [arm for arm in preset.arms if arm.name in wanted]
+    found = [arm for arm in preset.arms if arm.name in wanted]
+    if extra is not None and not any(map(_wants_extra, found)):
+        raise BadInput(f"extra_path: none of these arms takes further images, expected none, got {str(extra)!r}")
+    return found
 
 
 def config(base: Train, arm: Arm, seed: int, extra: Path | None) -> Train:

@@ -14,7 +14,7 @@ from saltflat.lab.report.plates import Plate
 from saltflat.lab.study.arms import PRESETS
 from saltflat.lab.study.claims_plates import about, plates
 from saltflat.lab.study.claims_results import Group, grouped, read_results
-from saltflat.lab.study.claims_tables import by_question, differences_table, reached_table
+from saltflat.lab.study.claims_tables import NARROW, by_question, differences_table, reached_table
 from saltflat.lab.study.claims_words import headline
 
 ORDER = list(dict.fromkeys(arm.name for preset in PRESETS.values() for arm in preset.arms))
@@ -36,11 +36,12 @@ def summary(record: Path, pictures: str = "", level: str = "###") -> str:
 
 
 def brief(record: Path, pictures: str) -> str:
-    """The figure of the claim, which lies in `pictures`, the sentences, and the methods' table."""
+    """The figure of the claim, which lies in `pictures`, what is to be seen in it, and the methods' table, narrower."""
     groups = groups_of(record)
     first = [shown(_panels(name, plate), plate.caption, pictures) for name, _, plate in plates(groups)[:1]]
     _, arms, _ = by_question(groups)[0]
-    return "\n\n".join([*first, sentences(groups), as_markdown(reached_table(arms))])
+    claims = "\n".join(f"- {one.claim}" for one in headline(groups))
+    return "\n\n".join([*first, claims, as_markdown(reached_table(arms, NARROW))])
 
 
 def figures(record: Path) -> dict[str, str]:

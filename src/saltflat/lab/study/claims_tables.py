@@ -27,6 +27,7 @@ from saltflat.lab.study.claims_results import (
 )
 
 SEEDS = Column("n", "seeds", "seeds")
+NARROW = (1, 2, 3, 6, 8)  # of the columns: clean at last, robust at best and at last, drop, gap
 
 
 def columns(of: Result) -> list[tuple[Column, Quantity, int]]:
@@ -48,9 +49,9 @@ def columns(of: Result) -> list[tuple[Column, Quantity, int]]:
     ]
 
 
-def reached_table(groups: Sequence[Group]) -> Table:
-    """Every arm of these, mean and spread over its seeds."""
-    shown = columns(groups[0].runs[0])
+def reached_table(groups: Sequence[Group], places: Sequence[int] = range(11)) -> Table:
+    """Every arm of these, mean and spread over its seeds: all columns, or those at some places."""
+    shown = [columns(groups[0].runs[0])[place] for place in places]
 
     def body(group: Group) -> Body:
         spreads = [(group.spread(quantity), places) for _, quantity, places in shown]
