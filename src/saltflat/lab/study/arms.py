@@ -1,7 +1,7 @@
 """Which trainings the study of the paper's claims compares: arms, each with what it is held against, by preset.
 
 small   the bundled digits, a small CNN, minutes on a CPU
-cpu     600 images of CIFAR-10, a small ResNet: as much as two cores do in some hours, and enough to overfit
+cpu     1,000 images of CIFAR-10, a small ResNet: as much as two cores do in some hours, and enough to overfit
 paper   CIFAR-10, PreActResNet-18, 200 epochs, the published settings: weeks on a GPU, days on several
 
 An arm changes a few fields of its preset's base. Whatever it is held against is trained from the same weights, on the
@@ -169,9 +169,9 @@ SMALL = Preset(
 CPU = Preset(
     base=replace(
         RECIPES["cifar10-at"],
-        data=replace(RECIPES["cifar10-at"].data, augment="none", examples=600, validation_examples=300),
-        model=replace(RECIPES["cifar10-at"].model, name="small-resnet", width=16),
-        optimizer=replace(RECIPES["cifar10-at"].optimizer, epochs=40, batch_size=32),
+        data=replace(RECIPES["cifar10-at"].data, augment="none", examples=1000, validation_examples=300),
+        model=replace(RECIPES["cifar10-at"].model, name="small-resnet", width=24),
+        optimizer=replace(RECIPES["cifar10-at"].optimizer, epochs=40, batch_size=64),
         evaluation=Evaluation(steps=5, examples=150),
         threads=1,
         device="cpu",
