@@ -29,6 +29,8 @@ def ema(model: nn.Module, decay: float) -> AveragedModel:
         model: copied; not changed.
         decay: in [0, 1), what each step keeps of the average.
 
+    Raises: ValueError for another decay.
+
     >>> model = nn.Linear(2, 1)
     >>> average = ema(model, 0.9)
     >>> average.update_parameters(model)

@@ -16,6 +16,9 @@ A zero or non-finite gradient gives the step 0: per example for inputs, per tens
 `Filterwise`, everywhere for `Global`, `Ellipsoid` and `Box`; and steepest(c g) = steepest(g) for every c > 0, however
 small the gradient is.
 
+Every ball raises a ValueError, when it is made, for a radius or an offset that is negative or not finite, and for a box
+whose low is not below its high.
+
 Sources: Madry et al., arXiv 1706.06083 (Linf, L2); Croce, Hein, arXiv 2103.01208 (L1); Wu, Xia, Wang, arXiv 2004.05884
 (Layerwise); Foret et al., arXiv 2010.01412 (Global); Li et al., arXiv 1712.09913 (Filterwise); Kwon et al., arXiv
 2102.11600 (Ellipsoid, offset 0); Keskar et al., arXiv 1609.04836 (Box, offset 1).
@@ -65,7 +68,7 @@ class WeightBall(Ball, Protocol):
 
 
 def check_radius(radius: float, name: str = "radius") -> None:
-    """ValueError for a radius that is none."""
+    """ValueError, under that name, for a radius that is none: it is finite and >= 0, in whatever unit the ball has."""
     if not 0 <= radius < math.inf:
         raise ValueError(f"{name}: expected a finite number >= 0, got {radius!r}")
 
@@ -269,7 +272,7 @@ class Filterwise:
         return {name: (_unit(_rows(g)) * self._limit(centre[name])).reshape(g.shape) for name, g in gradient.items()}
 
     def project(self, displacement: Weights, centre: Weights) -> dict[str, Tensor]:
-        """Scale each filter to its radius."""
+        """Scale each filter of the displacement to its radius."""
         return {name: _shrink(_rows(v), self._limit(centre[name])).reshape(v.shape) for name, v in displacement.items()}
 
     def sample(self, centre: Weights, generator: Generator = None, surface: bool = False) -> dict[str, Tensor]:
@@ -303,11 +306,11 @@ class Global:
         return _split(_unit(_joined(gradient)) * self._limit(centre), gradient)
 
     def project(self, displacement: Weights, centre: Weights) -> dict[str, Tensor]:
-        """Scale all tensors by one factor."""
+        """Scale all tensors of the displacement by one factor."""
         return _split(_shrink(_joined(displacement), self._limit(centre)), displacement)
 
     def sample(self, centre: Weights, generator: Generator = None, surface: bool = False) -> dict[str, Tensor]:
-        """Uniform in the ball, or on the sphere."""
+        """Uniform in the ball, or on its surface, drawn from the generator, which advances."""
         return _split(_sample_rows(_joined(centre), generator, surface) * self._limit(centre), centre)
 
     def _limit(self, centre: Weights) -> Tensor | float:
@@ -348,7 +351,7 @@ class Ellipsoid:
         return _split(torch.where(norm > self.radius, v * (self.radius / norm), v).where(c > 0, 0), displacement)
 
     def sample(self, centre: Weights, generator: Generator = None, surface: bool = False) -> dict[str, Tensor]:
-        """Uniform in the ellipsoid; or on its surface, as the unit sphere stretched by c."""
+        """Uniform in the ellipsoid; or on its surface, as the unit sphere stretched by c. Advances the generator."""
         c = _sizes(centre, centre, self.offset)
         directions = _unit(normal(c, generator).where(c > 0, 0))
         v = _spread(directions, generator, surface, max(1, int((c > 0).sum())))
@@ -386,7 +389,7 @@ class Box:
         return _split(_joined(displacement).clamp(-limit, limit), displacement)
 
     def sample(self, centre: Weights, generator: Generator = None, surface: bool = False) -> dict[str, Tensor]:
-        """Uniform in the box; or on its surface, as the cube's faces stretched by |w| + offset."""
+        """Uniform in the box, or on its surface: the cube's faces stretched by |w| + offset. The generator advances."""
         limit = self._limit(centre, centre)
         v = (2 * uniform(limit, generator) - 1).where(limit > 0, 0)
         return _split((_unit(v, math.inf) if surface else v) * limit, centre)
@@ -422,7 +425,7 @@ def own(tensors: Iterable[Tensor]) -> list[Tensor]:
 
 @torch.no_grad()
 def copy(targets: Iterable[Tensor], sources: Iterable[Tensor]) -> None:
-    """Each source into its target."""
+    """Each of the sources into its target, in place: targets may be shards, and of any shapes and devices."""
     for into, values in alike(own(targets), own(sources)):
         torch._foreach_copy_(into, values)
 
@@ -435,7 +438,10 @@ def copies(tensors: Mapping[Any, Tensor]) -> dict[Any, Tensor]:
 
 
 def norms(tensors: Sequence[Tensor], order: float = 2) -> Tensor:
-    """The norm of every tensor, (L,), on the first one's device; 0 for one without numbers.
+    """The norm of every tensor, (L,), on the first one's device and in its unit; 0 for one without numbers.
+
+    Args:
+        order: 1, 2, or inf for the largest absolute value.
 
     >>> norms([torch.tensor([[3.0, -4.0]]), torch.tensor(2.0)])
     tensor([5., 2.])

@@ -32,18 +32,18 @@ class InputAdversary(Protocol):
 
 
 def zero(ball: InputBall, x: Tensor, generator: Generator = None) -> Tensor:
-    """Start at x itself; draws nothing."""
+    """Start at x (N, ...) itself; draws nothing from the generator, whatever the ball."""
     return torch.zeros_like(x)
 
 
 def uniform(ball: InputBall, x: Tensor, generator: Generator = None) -> Tensor:
-    """Start at a uniform draw from the ball (and in the box)."""
+    """Start at a uniform draw from the ball around x (N, ...), and in its box; advances the generator."""
     return ball.sample(x, generator)
 
 
 def gaussian(std: float) -> Start:
-    """Start at x + std * N(0, 1), as TRADES does with std = 1e-3: not projected, so the first gradient may be taken a
-    hair outside the box.
+    """Start at x + std * N(0, 1), std in pixel units, as TRADES does with std = 1e-3: not projected, so the first
+    gradient may be taken a hair outside the box.
     """
     return lambda ball, x, generator: std * normal(x, generator)
 
@@ -57,6 +57,8 @@ class PGD:
         step_size: in the ball's unit (2 / 255).
         steps: gradient evaluations; x_adv is the last iterate.
         start: a function (ball, x, generator) -> displacement: `uniform`, `zero` or `gaussian(std)`.
+
+    Raises: ValueError for the ball L1, for fewer steps than one, and for a step size that is negative or not finite.
 
     >>> from saltflat import AT, L2
     >>> model = torch.nn.Linear(4, 2)
@@ -116,7 +118,7 @@ class PGD:
 
 
 def check_inputs(ball: InputBall, x: Tensor) -> None:
-    """ValueError for a batch of integers, or one outside the ball's box, which is looked at on the CPU only."""
+    """ValueError for a batch x (N, ...) of integers, or one outside the ball's box, which is checked on CPUs only."""
     if not x.is_floating_point():
         raise ValueError(f"x: expected floating point numbers, got {x.dtype}")
     if x.device.type == "cpu" and ball.box is not None and x.numel() > 0:

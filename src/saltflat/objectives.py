@@ -65,8 +65,12 @@ def ce(logits: Tensor, y: Tensor) -> Tensor:
 
 
 def kl(p_logits: Tensor, q_logits: Tensor) -> Tensor:
-    """Kullback-Leibler divergence per example, KL(p ‖ q) = sum_k p_k (log p_k - log q_k), in nats; (N, C), (N, C) ->
-    (N,).
+    """Kullback-Leibler divergence per example, KL(p ‖ q) = sum_k p_k (log p_k - log q_k), in nats.
+
+    Args:
+        p_logits, q_logits: (N, C), of which p and q are the softmax.
+
+    Returns: (N,).
 
     The gradient flows through both arguments. It is finite at p_k = 0, since no log of a probability is ever taken.
 
@@ -97,6 +101,11 @@ def log_probabilities(logits: Tensor) -> Tensor:
 class Natural:
     """Ordinary training: the outer loss never looks at x_adv. Its `inner` is cross-entropy, for whoever attacks the
     network all the same.
+
+    >>> model = nn.Linear(3, 2)
+    >>> x, y = torch.rand(4, 3), torch.tensor([0, 1, 1, 0])
+    >>> bool(Natural().outer(model, x, None, y) == ce(model(x), y).mean())
+    True
     """
 
     def inner(self, model: nn.Module, x: Tensor, y: Tensor) -> Value:
@@ -138,6 +147,13 @@ class TRADES:
 
     Args:
         beta: weight of the divergence (6.0 in the paper); no unit.
+
+    Raises: ValueError for a beta that is negative or not finite.
+
+    >>> model = nn.Linear(3, 2)
+    >>> x, y = torch.rand(4, 3), torch.tensor([0, 1, 1, 0])
+    >>> bool(TRADES(6.0).outer(model, x, x, y) == ce(model(x), y).mean())  # no divergence from itself
+    True
     """
 
     beta: float = 6.0
@@ -167,7 +183,13 @@ class MART:
     Args:
         beta: weight of the divergence (6.0 with AWP, 5.0 in the original); no unit.
 
-    Needs hard labels, and at least two classes.
+    Raises: ValueError for a beta that is negative or not finite, for labels that are probabilities, and for fewer than
+    two classes.
+
+    >>> z, y = torch.tensor([[0.0, 0.0]]), torch.tensor([0])
+    >>> value = MART(6.0).outer(nn.Identity(), z, z, y)  # log 2 twice, and no divergence
+    >>> round(value.item(), 6)
+    1.386294
     """
 
     beta: float = 6.0
@@ -212,6 +234,6 @@ def classes(y: Tensor, who: str) -> Tensor:
 
 
 def check_beta(beta: float) -> None:
-    """ValueError for a weight that is none."""
+    """ValueError for a beta that is no weight: it is finite and >= 0, and has no unit."""
     if not 0 <= beta < float("inf"):
         raise ValueError(f"beta: expected a finite number >= 0, got {beta!r}")

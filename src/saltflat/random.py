@@ -4,9 +4,11 @@
 depend on batch size and order), a `PerExample` (row i's draws depend on nothing but the seed, the example's id and the
 number of the draw), `Rows` of a batch that another generator draws for, or None (torch's global one).
 
-A counter-based generator is a hash of a counter (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC
-2011). The hash here is the finaliser of SplitMix64 (Steele, Lea, Flood, OOPSLA 2014), computed in int64, where torch
-wraps around as unsigned arithmetic does.
+A counter-based generator is a hash of a counter, computed in int64, where torch wraps around as unsigned arithmetic
+does.
+
+Sources: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011 (counters); Steele, Lea, Flood, OOPSLA
+2014 (the hash is the finaliser of their SplitMix64).
 """
 
 from __future__ import annotations
@@ -33,6 +35,8 @@ class PerExample:
     Each call of `uniform` or `normal` counts as one draw and advances `draws`. Devices agree on uniform numbers to the
     bit, on normal ones to rounding.
 
+    Raises: ValueError for ids that are not (N,) int64.
+
     >>> ids = torch.tensor([7, 3])
     >>> alone, together = PerExample(0, ids[1:]), PerExample(0, ids)
     >>> torch.equal(uniform(torch.zeros(1, 5), alone)[0], uniform(torch.zeros(2, 5), together)[1])
@@ -51,7 +55,7 @@ class PerExample:
         return part
 
     def bits(self, shape: Sequence[int], device: torch.device) -> Tensor:
-        """Uniform integers in [0, 2**24) of shape (N, ...); one draw."""
+        """Uniform integers in [0, 2**24) of shape (N, ...); one draw. ValueError for a shape of other than N rows."""
         if len(shape) == 0 or shape[0] != len(self.ids):
             raise ValueError(f"shape: the first dimension must be the {len(self.ids)} ids, got {tuple(shape)}")
         self.draws += 1
@@ -79,7 +83,7 @@ class Rows(NamedTuple):
     total: int
 
     def taken(self, draw: Callable[[Tensor, Generator], Tensor], like: Tensor) -> Tensor:
-        """Those rows of what is drawn for all."""
+        """Those rows of what is drawn for all, of the shape of `like`, (rows, ...)."""
         return draw(like.new_empty((self.total, *like.shape[1:])), self.of)[self.rows].view(like.shape)
 
 
@@ -94,7 +98,7 @@ def base(generator: Generator) -> torch.Generator | PerExample | None:
 
 
 def uniform(like: Tensor, generator: Generator = None) -> Tensor:
-    """Uniform numbers in [0, 1), of the shape, dtype and device of `like`; advances the generator."""
+    """Uniform numbers in [0, 1), of the shape, dtype and device of `like`, (N, ...); advances the generator."""
     if isinstance(generator, Rows):
         return generator.taken(uniform, like)
     if isinstance(generator, PerExample):
@@ -104,8 +108,8 @@ def uniform(like: Tensor, generator: Generator = None) -> Tensor:
 
 
 def normal(like: Tensor, generator: Generator = None) -> Tensor:
-    """Standard normal numbers, of the shape, dtype and device of `like`; advances the generator (by two draws if
-    `PerExample`).
+    """Standard normal numbers, of the shape, dtype and device of `like`, (N, ...); advances the generator (by two draws
+    if `PerExample`).
 
     `PerExample` uses Box and Muller's sqrt(-2 log u1) cos(2 pi u2) with u1 in (0, 1], so no number exceeds 5.8 in
     absolute value.

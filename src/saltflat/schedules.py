@@ -29,7 +29,8 @@ def constant(value: float) -> Schedule:
 
 
 def piecewise(value: float, factors: Mapping[float, float]) -> Schedule:
-    """`value`, multiplied by each factor from its progress on.
+    """`value`, multiplied by each of the factors, {progress: factor}, from its progress on. ValueError for one that
+    does not begin in (0, 1).
 
     >>> [round(piecewise(0.1, {0.5: 0.1, 0.75: 0.1})(t), 6) for t in (0.49, 0.5, 0.75)]
     [0.1, 0.01, 0.001]
@@ -50,7 +51,7 @@ def cosine(value: float, final: float = 0.0) -> Schedule:
 
 def cyclic(value: float, peak: float = 0.4) -> Schedule:
     """One triangle: linear from 0 to `value` at progress `peak`, linear to 0 at the end (Smith, arXiv 1506.01186; one
-    cycle).
+    cycle). ValueError for a peak outside of (0, 1).
 
     >>> [cyclic(1.0, 0.4)(t) for t in (0.0, 0.2, 0.4, 1.0)]
     [0.0, 0.5, 1.0, 0.0]
@@ -60,7 +61,7 @@ def cyclic(value: float, peak: float = 0.4) -> Schedule:
 
 
 def warm_up(schedule: Schedule, until: float) -> Schedule:
-    """Linear from 0 to the schedule's own values at progress `until`.
+    """Linear from 0 to the schedule's own values at progress `until`. ValueError for one outside of (0, 1).
 
     >>> warm_up(constant(1.0), 0.1)(0.05)
     0.5
@@ -70,7 +71,7 @@ def warm_up(schedule: Schedule, until: float) -> Schedule:
 
 
 def from_progress(start: float, schedule: Schedule) -> Schedule:
-    """0 before progress `start`, the schedule from there on.
+    """0 before progress `start`, the schedule from there on. ValueError for a start outside of [0, 1].
 
     >>> [from_progress(0.05, constant(5e-3))(t) for t in (0.0, 0.04, 0.05)]
     [0.0, 0.0, 0.005]

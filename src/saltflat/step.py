@@ -37,7 +37,7 @@ AttackOn = Callable[[nn.Module], Callable[[Any], Tensor]]  # what an attack clim
 
 
 def itself(model: nn.Module) -> Callable[[Any], Tensor]:
-    """What an attack climbs on, unless it is told otherwise."""
+    """What an attack climbs on, unless it is told otherwise: the model."""
     return model
 
 
@@ -122,6 +122,9 @@ def double_perturbation_step(
     Changes the weights, the optimiser's state, `.grad`, the generator, and the buffers as the outer forwards do; modes
     come back as they were.
 
+    Raises: ValueError for fewer alternations than one, more than one without a weight adversary, a share outside of [0,
+    1], and one below 1 with `step_inside`; and what the attack and the climb raise.
+
     Costs for AT with K2 = A = 1: K1 forwards and input gradients, then 2 forwards and weight gradients.
 
     >>> from saltflat import AT, PGD, Layerwise, Linf
@@ -195,7 +198,7 @@ def double_perturbation_step(
 
 def dropping(model: nn.Module, optimizer: torch.optim.Optimizer) -> Callable[[], Tensor]:
     """To be called before a batch's forwards; what comes back, after its backwards: if any gradient of the model or the
-    optimiser is not finite, all are set to 0 and the buffers to what they held, on the device. It returns whether that
+    optimizer is not finite, all are set to 0 and the buffers to what they held, on the device. It returns whether that
     happened, 0 or 1.
 
     >>> model = nn.Linear(2, 1)
@@ -221,7 +224,9 @@ def dropping(model: nn.Module, optimizer: torch.optim.Optimizer) -> Callable[[],
 
 
 def undoing(model: nn.Module) -> Callable[[Tensor], None]:
-    """Takes the buffers as they are; what comes back puts them back, if it is given a true tensor, on the device."""
+    """Takes the model's buffers as they are; what comes back puts them back, if it is given a true tensor, on the
+    device.
+    """
     kept = copies({name: buffer for name, buffer in model.named_buffers() if not is_lazy(buffer)})
 
     @torch.no_grad()
@@ -240,6 +245,7 @@ def undoing(model: nn.Module) -> Callable[[Tensor], None]:
 @contextmanager
 def in_mode(model: nn.Module, mode: Mode) -> Iterator[None]:
     """The whole model in "eval" or "train" mode inside the block; every module has its own mode back afterwards.
+    ValueError for any other mode.
 
     >>> model = nn.Sequential(nn.Dropout(), nn.BatchNorm1d(2).eval())
     >>> with in_mode(model, "eval"):

@@ -36,12 +36,14 @@ Where = Callable[[str, nn.Parameter], bool]
 
 
 def default(name: str, parameter: nn.Parameter) -> bool:
-    """The tensors that AWP perturbs: more than one dimension (no bias, no norm layer's scale), and trained."""
+    """The tensors that AWP perturbs: more than one dimension (no bias, no norm layer's scale), and trained. The name is
+    not looked at.
+    """
     return parameter.ndim > 1 and parameter.requires_grad
 
 
 def trained(name: str, parameter: nn.Parameter) -> bool:
-    """All that is trained, biases and norm layers as well: what SAM and RandomWP perturb."""
+    """All that is trained, biases and norm layers as well, whatever its name: what SAM and RandomWP perturb."""
     return parameter.requires_grad
 
 
@@ -95,9 +97,11 @@ class Ascent:
 
     Attributes:
         value: the loss where the climb began, detached and on the device: at w, or at w + start. None if the climb
-            asked for no loss: a gradient was handed in, or v was drawn.
+            asked for no loss: a gradient was handed in, or v was drawn. Without dimensions, in the loss's unit.
         skipped: how many tensors, summed over the climb's steps, stayed where they were: their gradient was zero or not
             finite (or their norm is zero). On the device: read it when metrics are written.
+
+    Besides, `displacement`, {name: v} while the block runs. After it, that raises a RuntimeError.
     """
 
     value: Tensor | None
@@ -107,7 +111,7 @@ class Ascent:
 
     @property
     def displacement(self) -> dict[str, Tensor]:
-        """{name: v}, derived from the weights as they stand: valid inside the block only."""
+        """{name: v}, derived from the weights as they stand: valid inside the block only, RuntimeError after it."""
         if self._parameters is None:
             raise RuntimeError("displacement: valid inside the `with` block only; clone what you need there")
         return {name: parameter.detach() - self._centre[name] for name, parameter in self._parameters.items()}
@@ -197,7 +201,13 @@ def perturbed(
 def held(
     parameters: Parameters, centre: dict[str, Tensor], value: Tensor | None, skipped: Tensor, step_inside: bool
 ) -> Iterator[Ascent]:
-    """The end of every climb, inside `given_back`: what the block that runs at w + v is told, and may do."""
+    """The end of every climb, inside `given_back`: what the block that runs at w + v is told, and may do.
+
+    Args:
+        parameters, centre: {name: w + v}, the model's own tensors, and {name: w}, which `given_back` yielded.
+        value, skipped: of the `Ascent`.
+        step_inside: as in `perturbed`.
+    """
     ascent = Ascent(value, skipped, parameters, centre)
     with _step_kept(parameters, centre) if step_inside else _no_step(parameters):
         try:
@@ -208,7 +218,9 @@ def held(
 
 @contextmanager
 def given_back(parameters: Parameters) -> Iterator[dict[str, Tensor]]:
-    """Yields the centre, and puts back whatever stands in it afterwards: w, to the bit."""
+    """Yields the centre, a copy {name: w} of the parameters, and puts back whatever stands in it afterwards: w, to the
+    bit.
+    """
     centre = copies(parameters)
     with _finally(lambda: place(parameters, centre, {})):
         yield centre
@@ -254,7 +266,15 @@ def _no_step(parameters: Parameters) -> Iterator[None]:
 def climbing_gradient(
     model: nn.Module, closures: Sequence[Closure], parameters: Parameters
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """The gradient and the value of the (summed) loss at the weights as they stand."""
+    """The gradient and the value of the (summed) loss at the weights as they stand.
+
+    Args:
+        model: its `.grad` and buffers are left as found.
+        closures: () -> scalar each; one graph is alive at a time.
+        parameters: {name: w}, of which the gradient is wanted.
+
+    Returns: {name: g} for what the loss reaches, which the next backward may overwrite, and the sum.
+    """
     with buffers_kept(model), _gradients_set_aside(model), torch.enable_grad():
         values = [_backward(closure) for closure in closures]
         found = {name: p.grad.detach() for name, p in parameters.items() if p.grad is not None}
@@ -295,7 +315,7 @@ def _gradients_set_aside(model: nn.Module) -> Iterator[None]:
 
 
 def buffers_kept(model: nn.Module) -> AbstractContextManager[None]:
-    """Whatever the forwards inside do to buffers is undone, whoever owns them.
+    """Whatever the forwards inside do to buffers of the model is undone, whichever module owns them.
 
     All are written back: BatchNorm's kernels change the running statistics without raising their version counters.
     """
@@ -319,8 +339,8 @@ def _kept(names: Sequence[tuple[Any, str]], get: Callable[..., Any], put: Callab
 
 
 def chosen_weights(model: nn.Module, where: Where) -> dict[str, nn.Parameter]:
-    """The parameters that `where` takes, by name; ValueError if there are none, or if layers cannot be told apart
-    (`refuse_others`).
+    """The parameters of the model that `where` takes, {name: w}; ValueError if there are none, or if layers cannot be
+    told apart (`refuse_others`).
     """
     refuse_others(model)
     reshard(model)
@@ -333,7 +353,7 @@ def chosen_weights(model: nn.Module, where: Where) -> dict[str, nn.Parameter]:
 
 @torch.no_grad()
 def place(parameters: Parameters, centre: Weights, displacement: Weights) -> None:
-    """w + v; w where v has no name."""
+    """The parameters become w + v, w the centre and v the displacement {name: v}; w where v has no name."""
     copy(parameters.values(), [centre[name] for name in parameters])
     for weights, v in alike([parameters[name] for name in displacement], displacement.values()):
         torch._foreach_add_(weights, v)

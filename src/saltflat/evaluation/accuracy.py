@@ -49,10 +49,12 @@ class Outcomes:
 
     @property
     def accuracy(self) -> float:
+        """The share of examples that are answered rightly, in [0, 1]."""
         return self.correct.double().mean().item()
 
     @property
     def mean_loss(self) -> float:
+        """The mean over examples, in the loss's unit."""
         return self.loss.double().mean().item()
 
 

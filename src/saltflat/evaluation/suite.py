@@ -88,6 +88,7 @@ class Column:
 
 
 def fgsm(ball: InputBall) -> Column:
+    """One step of the ball's radius from x itself, on cross-entropy."""
     return Column("fgsm", (Stage("fgsm", Restarted(FGSM(ball)), 3 + is_cut(ball)),))
 
 
@@ -100,15 +101,20 @@ def pgd(ball: InputBall, steps: int, step_size: float, restarts: int = 1, loss: 
 
 
 def apgd_ce(ball: InputBall, steps: int = 100, restarts: int = 1) -> Column:
+    """APGD on cross-entropy; each of the restarts is a stage of its own. In L1, the sparse form."""
     attack, cost = _ascent(ball, ce, steps), _cost_of_ascent(ball, steps)
     return Column("apgd-ce", tuple(Stage("apgd-ce", attack, cost, start) for start in range(restarts)))
 
 
 def apgd_dlr(ball: InputBall, steps: int = 100) -> Column:
+    """APGD on the difference-of-logits ratio, untargeted. In L1, the sparse form."""
     return Column("apgd-dlr", (Stage("apgd-dlr", _ascent(ball, dlr, steps), _cost_of_ascent(ball, steps)),))
 
 
 def apgd_t(ball: InputBall, steps: int = 100, targets: int = TARGETS) -> Column:
+    """APGD on the targeted ratio, towards the likeliest wrong class, the next, and so on: a stage for each of the
+    targets, as far as there are classes. In L1, the sparse form.
+    """
     cost = _cost_of_ascent(ball, steps) + 1  # the choice of the class
 
     def towards(rank: int) -> Stage:
@@ -120,15 +126,18 @@ def apgd_t(ball: InputBall, steps: int = 100, targets: int = TARGETS) -> Column:
 
 
 def fab_t(ball: InputBall, steps: int = 100, targets: int = TARGETS) -> Column:
+    """FAB towards one wrong class after the other, a stage for each of the targets."""
     ranks, cost = range(1, targets + 1), 2 * steps + 2
     return Column("fab-t", tuple(Stage("fab-t", TargetedFAB(ball, rank, steps), cost, rank) for rank in ranks))
 
 
 def square(ball: InputBall, queries: int = 5000) -> Column:
+    """Square, which asks for no gradient, with so many queries an example."""
     return Column("square", (Stage("square", Square(ball, queries), queries + 1),))
 
 
 def spsa(ball: InputBall, steps: int = 100, samples: int = 256) -> Column:
+    """SPSA, which estimates gradients from `samples` pairs of queries a step; in full precision always."""
     cost = steps * (2 * samples + 1) + 1
     return Column("spsa", (Stage("spsa", SPSA(ball, steps, samples), cost, precise=True),))
 

@@ -45,6 +45,7 @@ def measured_weights(state: Mapping[str, Any]) -> dict[str, Tensor]:
 
 
 def save_tensors(path: Path, named: Mapping[str, Tensor]) -> None:
+    """{name: tensor} as safetensors, with a digest of the content in its header; the file is there whole, or not."""
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in named.items()}
     with replacing(path) as temporary:
         temporary.write_bytes(save(tensors, {OURS: SHA + _content(tensors)}))

@@ -104,6 +104,7 @@ def _held(folder: Path, *, wait: bool) -> Iterator[bool]:
 
 
 def write_config(folder: Path, config: Train) -> None:
+    """config.yaml of a run; its first line is a digest of what decides numbers."""
     text = as_text(config)
     write_text(folder / "config.yaml", f"{DECIDES}{digest(deciding(read_yaml(text, 'config')))}\n{text}")
 
@@ -266,6 +267,7 @@ def _flushed(path: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
+    """The text as a file that is there whole, or not."""
     with replacing(path) as temporary:
         temporary.write_text(text)
 

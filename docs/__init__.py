@@ -1,0 +1,1 @@
+"""What writes docs/reference/: `python -m docs.generate`."""
