@@ -1,7 +1,8 @@
 """What the training logs in the official repository of AWP show, run by run: the reference for the shape of what our
 records show, and never in one column with it.
 
-    git clone https://github.com/csdongxian/AWP && python -m benchmarks.official_logs AWP records/2026-11-26_official-logs
+    git clone https://github.com/csdongxian/AWP
+    python -m benchmarks.official_logs AWP records/2026-11-26_official-logs
 
 A line of those logs is an epoch: robust test accuracy is that of PGD-20 on the whole test set, in eval mode, at w. Its
 training columns are at w + v, in train mode, and on augmented images, so that no gap can be read from them. Best is
@@ -52,8 +53,7 @@ def read(path: Path) -> dict[str, Any]:
 def epoch(line: str) -> dict[str, float] | None:
     """A line of numbers, or None: epoch, training seconds, and clean and robust test accuracy in percent.
 
-    >>> line = "[2020/05/11 17:44:04] - 0 \\t 308.4 \\t 100.7 \\t 0.1 \\t 4.3 \\t 0.03 \\t 4.5 \\t 0.01 \\t 4.1 \\t 0.0677 \\t 4.2 \\t 0.0603"
-    >>> epoch(line)
+    >>> epoch("[2020/05/11 17:44:04] - 0 308.4 100.7 0.1 4.3 0.03 4.5 0.01 4.1 0.0677 4.2 0.0603")
     {'epoch': 0, 'seconds': 308.4, 'clean': 6.77, 'robust': 6.03}
     """
     if (found := NUMBER.match(line)) is None:
@@ -73,16 +73,15 @@ def markdown(path: Path) -> str:
     lines = [
         "**The official training logs: PGD-20 on the whole test set, one run each**",
         "",
-        "| data | threat | network | | best (%) | last (%) | mean of the last five (%) | drop (points) | clean, last (%) |",
+        "| data | threat | network | | best (%) | last (%) | last five, mean (%) | drop (points) | clean, last (%) |",
         "| --- | --- | --- | --- | ---: | ---: | ---: | ---: | ---: |",
     ]
     for run in of["runs"]:
         best, last = run["best"], run["last"]
-        lines.append(
-            f"| {run['data']} | {run['norm']} | {run['network']} | {run['method']} | {best['robust']:.2f} (epoch "
-            f"{best['epoch']}) | {last['robust']:.2f} | {run['last_five']:.2f} | {best['robust'] - last['robust']:.2f} | "
-            f"{last['clean']:.2f} |"
-        )
+        numbers = (last["robust"], run["last_five"], best["robust"] - last["robust"], last["clean"])
+        cells = [run["data"], run["norm"], run["network"], run["method"]]
+        cells += [f"{best['robust']:.2f} (epoch {best['epoch']})", *(f"{number:.2f}" for number in numbers)]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(
         [
             *lines,
@@ -99,7 +98,8 @@ def main(checkout: Path, out: Path) -> None:
     runs = [read(path) for path in logs]
     runs.sort(key=lambda run: (run["data"], run["norm"] != "L-inf", run["network"], run["method"] != "AT"))
     out.mkdir(parents=True, exist_ok=True)
-    (out / "logs.json").write_text(json.dumps({"repository": REPOSITORY, "commit": COMMIT, "runs": runs}, indent=1) + "\n")
+    found = {"repository": REPOSITORY, "commit": COMMIT, "runs": runs}
+    (out / "logs.json").write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -8,9 +8,9 @@ study claims`; or what the scripts in `benchmarks/` wrote. Between the marks
 
     <!-- generated: FOLDER -->   ...   <!-- end -->
 
-in a record's README stands what this script wrote; the project's README and docs/evidence.md have a shorter form, and
-docs/scaling.md the same, beside what `benchmarks/scaling_model.py` plans, in a block named `plan`. A test fails when that is not what the
-script would write now.
+in a record's README stands what this script wrote. The project's README has a shorter form, docs/evidence.md that or
+the whole, and docs/scaling.md the same beside what `benchmarks/scaling_model.py` plans, in a block named `plan`. A test
+fails when that is not what the script would write now.
 """
 
 import json
@@ -18,7 +18,7 @@ import os
 import re
 from pathlib import Path
 
-from benchmarks import official_logs, scaling_model, speedrun
+from benchmarks import official_logs, peer_tables, scaling_model, speedrun
 from benchmarks.tables import compared, planned
 from saltflat.lab.report import markdown
 from saltflat.lab.study import claims_markdown
@@ -57,7 +57,15 @@ def _shown(record: Path, at: Path) -> str:
     if (record / "table.json").is_file():
         return study.summary(record) if whole else study.brief(record, pictures)
     if (record / "results").is_dir():
-        return claims_markdown.summary(record) if whole else claims_markdown.brief(record, f"{pictures}/")
+        at_length = at == ROOT / "docs"
+        return (
+            claims_markdown.summary(record, f"{pictures}/" if at_length else "")
+            if whole or at_length
+            else claims_markdown.brief(record, f"{pictures}/")
+        )
+    for folder, part in ((record, ""), (record.parent, record.name)):  # FOLDER/PART is a part of its tables
+        if (folder / "peers.json").is_file():
+            return peer_tables.markdown(folder / "peers.json", part, Path(os.path.relpath(ROOT, at)).as_posix())
     if (record / "logs.json").is_file():
         return official_logs.markdown(record / "logs.json")
     return "\n\n".join([compared(record), *(markdown_of(path) for path in sorted(record.glob("speedrun*.json")))])
@@ -73,7 +81,8 @@ def markdown_of(path: Path) -> str:
     return f"**The speed record's recipe on a CPU**\n\n{speedrun.markdown(json.loads(path.read_text()))}"
 
 
-def _figures(record: Path) -> dict[str, str]:
+def figures(record: Path) -> dict[str, str]:
+    """The SVG text of every figure that lies beside a record's README, by its name."""
     if (record / "runs").is_dir():
         return markdown.figures(runs_of(record))
     if (record / "results").is_dir():
@@ -89,5 +98,5 @@ def runs_of(record: Path) -> list[Path]:
 if __name__ == "__main__":
     for page in pages():
         page.write_text(generated(page))
-        for name, svg in _figures(page.parent).items():
+        for name, svg in figures(page.parent).items():
             (page.parent / f"{name}.svg").write_text(svg)

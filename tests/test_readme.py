@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from records.generate import generated, made_anew, pages
+from records.generate import figures, generated, made_anew, pages
 from saltflat.lab.cli import parsed
 
 ROOT = Path(__file__).parent.parent
@@ -21,7 +21,7 @@ def test_the_python_blocks_run_one_after_the_other():
     names: dict[str, object] = {}
     for block in blocks("python"):
         exec(block, names)
-    assert len(blocks("python")) == 4
+    assert len(blocks("python")) == 3
 
 
 COMMANDS = [
@@ -66,6 +66,19 @@ def test_generated_blocks_are_fresh(page):
     assert generated(page) == page.read_text()
     for picture in re.findall(r"!\[[^]]*\]\(([^)]+)\)", page.read_text()):
         assert (page.parent / picture).is_file(), picture
+
+
+@pytest.mark.parametrize("record", [page.parent for page in pages() if page.parent.parent.name == "records"], ids=str)
+def test_figures_are_fresh(record):
+    """In all that they say: ticks, labels, and the numbers in their descriptions; lines follow matplotlib's version."""
+    made = figures(record)
+    assert {path.stem for path in record.glob("*.svg")} == set(made)
+    for name, svg in made.items():
+        assert said(record.joinpath(f"{name}.svg").read_text()) == said(svg), name
+
+
+def said(svg: str) -> list[str]:
+    return re.findall(r'aria-label="([^"]*)"|<text[^>]*>([^<]*)</text>', svg)
 
 
 def test_a_block_that_is_stale_is_noticed():

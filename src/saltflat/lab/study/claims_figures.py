@@ -6,7 +6,6 @@ difference of one seed.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -17,7 +16,6 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 
 from saltflat.lab.report.drawing import GRID, HEADING, INK, MUTED, SMALL, TEXT, colour, drawing, panel, shortened, svg
 from saltflat.lab.report.statistics import Spread
-from saltflat.lab.study.claims_results import half_width
 
 WIDTH, LABELS, ROW = 960.0, 250.0, 30.0  # pixels
 TOP, BOTTOM = 104.0, 46.0
@@ -80,9 +78,8 @@ def _reach(of: Spread) -> float:
     cut by the axis.
     """
     values = [abs(value) for value in of.by_seed.values()]
-    half = half_width(of)
-    whole = abs(of.mean) + half if math.isfinite(half) and of.n > 2 else 0.0
-    return max([0.0, whole, *values])
+    ends = [abs(end) for end in of.interval] if of.n > 2 else []
+    return max([0.0, *values, *ends])
 
 
 def _estimate(axes: Axes, row: int, of: Spread, ink: str) -> None:
@@ -90,11 +87,8 @@ def _estimate(axes: Axes, row: int, of: Spread, ink: str) -> None:
     if not len(values):
         return
     axes.plot(values, np.full(len(values), row + 0.24), "|", color=ink, markersize=6, markeredgewidth=1.2, zorder=3)
-    half = half_width(of)
-    if math.isfinite(half):
-        axes.plot(
-            [of.mean - half, of.mean + half], [row, row], color=ink, linewidth=2.4, solid_capstyle="butt", zorder=3
-        )
+    if of.n > 1:
+        axes.plot(of.interval, [row, row], color=ink, linewidth=2.4, solid_capstyle="butt", zorder=3)
     axes.plot([of.mean], [row], "o", color=ink, markersize=6.5, zorder=4)
 
 
@@ -121,16 +115,14 @@ def dose(
     with drawing(identity):
         figure, axes = panel(title, note, right=14, series=series)
         ink = colour(series)
-        half = half_width(without)
-        if math.isfinite(half):
-            axes.axhspan(without.mean - half, without.mean + half, color=MUTED, alpha=0.13, linewidth=0, zorder=1)
+        if without.n > 1:
+            axes.axhspan(*without.interval, color=MUTED, alpha=0.13, linewidth=0, zorder=1)
         axes.axhline(without.mean, color=MUTED, linewidth=1.4, linestyle=(0, (5, 2)), zorder=2)
         means = [value.mean for value in values]
         axes.plot(sizes, means, color=ink, linewidth=1.6, zorder=3)
         for size, value in zip(sizes, values, strict=True):
-            ends = half_width(value)
-            if math.isfinite(ends):
-                axes.plot([size, size], [value.mean - ends, value.mean + ends], color=ink, linewidth=2.2, zorder=3)
+            if value.n > 1:
+                axes.plot([size, size], value.interval, color=ink, linewidth=2.2, zorder=3)
             axes.plot([size], [value.mean], "o", color=ink, markersize=6.5, zorder=4)
         axes.set_xscale("log")
         axes.set_xlim(min(sizes) / 1.5, max(sizes) * 1.5)

@@ -177,29 +177,3 @@ def _percent(tree: Mapping[str, Any], *names: str) -> float | None:
 
 def _number(value: Any) -> float | None:
     return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
-
-
-# Intervals
-
-
-def half_width(of: Spread, level: float = 0.95) -> float:
-    """Half the width of Student's t interval of a mean: t_(n-1) s / sqrt(n); nan for fewer than two values."""
-    return student(of.n - 1, level) * of.deviation / math.sqrt(of.n) if of.n > 1 else math.nan
-
-
-def student(freedom: int, level: float = 0.95) -> float:
-    """t with P(|T| <= t) = level, for T of Student's distribution with so many degrees of freedom.
-
-    With t = sqrt(freedom) tan(a), the probability is an integral of cos^(freedom - 1) over angles, smooth and bounded:
-    summed by trapezoids, and inverted. Good to seven digits.
-
-    >>> round(student(1), 2), round(student(2), 3), round(student(30), 3)
-    (12.71, 4.303, 2.042)
-    """
-    if freedom < 1 or not 0 < level < 1:
-        raise ValueError(f"expected freedom >= 1 and 0 < level < 1, got {freedom} and {level}")
-    angles = np.linspace(0.0, math.pi / 2, 20001)
-    density = np.cos(angles) ** (freedom - 1)
-    cumulative = np.concatenate([[0.0], np.cumsum((density[1:] + density[:-1]) / 2)])
-    angle = float(np.interp(level, cumulative / cumulative[-1], angles))
-    return math.sqrt(freedom) * math.tan(angle)

@@ -19,7 +19,6 @@ from saltflat.lab.study.claims_results import (
     drop,
     flatness,
     gap,
-    half_width,
     pairs,
     rise,
     robust,
@@ -116,10 +115,9 @@ def _difference(of: Spread, places: int) -> Cell:
     if not of.n:
         return Cell(MISSING)
     detail = ", ".join(f"seed {seed}: {signed(value, places)}" for seed, value in of.by_seed.items())
-    half = half_width(of)
     if of.n == 1:
         return Cell(signed(of.mean, places), "", detail)
-    interval = f"[{signed(of.mean - half, places)}, {signed(of.mean + half, places)}]"
+    interval = f"[{', '.join(signed(end, places) for end in of.interval)}]"
     return Cell(signed(of.mean, places), interval, detail)
 
 

@@ -6,14 +6,13 @@ that it raises it only if it lies above; else they are not told apart.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from saltflat.lab.report.notation import counted
 from saltflat.lab.report.statistics import Spread
 from saltflat.lab.report.words import Sentence
-from saltflat.lab.study.claims_results import Group, Pair, Quantity, drop, gap, half_width, pairs, robust
+from saltflat.lab.study.claims_results import Group, Pair, Quantity, drop, gap, pairs, robust
 from saltflat.lab.study.claims_tables import signed
 
 FEW = 3  # fewer seeds are an anecdote
@@ -28,10 +27,10 @@ class Claim:
 
 
 CLAIMS = (
-    Claim("the robust generalisation gap at the last epoch", gap),
-    Claim("the drop of robust test accuracy from the best epoch to the last", drop),
-    Claim("robust test accuracy at the last epoch", robust("last")),
-    Claim("robust test accuracy at the best epoch", robust("best")),
+    Claim("Robust generalisation gap at the last epoch", gap),
+    Claim("Drop of robust test accuracy from the best epoch to the last", drop),
+    Claim("Robust test accuracy at the last epoch", robust("last")),
+    Claim("Robust test accuracy at the best epoch", robust("best")),
 )
 
 
@@ -65,20 +64,19 @@ def _claimed(claim: Claim, some: Sequence[Pair]) -> Sentence:
     differences = {pair.arm.arm: pair.difference(claim.quantity) for pair in some}
     measured = {name: of for name, of in differences.items() if of.n}
     lower, higher = ([name for name, of in measured.items() if side(of) == sign] for sign in (-1, 1))
-    apart = len(measured) - len(lower) - len(higher)
+    rest = len(measured) - len(lower) - len(higher)
+    found = [f"AWP {verb} it in {len(some)}" for verb, some in (("lowers", lower), ("raises", higher)) if some]
+    found += [f"the difference is not told from chance in {rest}"] if rest else []
     return Sentence(
-        f"AWP lowers {claim.name} in {len(lower)} of {counted(len(measured), 'comparison')}, raises it in "
-        f"{len(higher)}; in {apart} the two are not told apart.",
+        f"{claim.name}: of {counted(len(measured), 'comparison')}, {', '.join(found)}.",
         "Differences in points: " + "; ".join(f"{name} {interval(of)}" for name, of in measured.items()) + ".",
     )
 
 
 def side(of: Spread) -> int:
     """−1 where the interval of the mean lies below 0, 1 where above, 0 where it holds 0 or there are too few seeds."""
-    half = half_width(of)
-    if of.n < FEW or not abs(of.mean) > half:
-        return 0
-    return int(math.copysign(1, of.mean))
+    low, high = of.interval
+    return 0 if of.n < FEW else int(low > 0) - int(high < 0)
 
 
 def interval(of: Spread, places: int = 1) -> str:
@@ -87,10 +85,10 @@ def interval(of: Spread, places: int = 1) -> str:
     >>> interval(Spread({0: 1.0, 1: 2.0, 2: 3.0}))
     '+2.0 [−0.5, +4.5]'
     """
-    half = half_width(of)
-    if not math.isfinite(half):
+    if of.n < 2:
         return f"{signed(of.mean, places)} (one seed)"
-    return f"{signed(of.mean, places)} [{signed(of.mean - half, places)}, {signed(of.mean + half, places)}]"
+    low, high = of.interval
+    return f"{signed(of.mean, places)} [{signed(low, places)}, {signed(high, places)}]"
 
 
 def _mean(of: Spread) -> str:
