@@ -120,7 +120,11 @@ def bad_inputs(folder: Path) -> dict[str, tuple[list[str], str]]:
     data = [*train, "--data.validation-examples", "1", "--data.name"]
     return {
         "unknown command": (["trian"], "trian"),
-        "unknown recipe": (["train", "att"], "available subcommands: at, at-awp"),
+        "unknown recipe": (["train", "att"], "got 'att'; perhaps you meant at"),
+        "no recipe but its adversary": (
+            ["train", "awp"],
+            "recipe: expected a name that `saltflat recipes` lists, got 'awp'",
+        ),
         "no recipe": (["train"], "at-awp"),
         "unknown field": ([*train, "--awp.gama", "1"], "perhaps you meant --awp.gamma"),
         "negative gamma": (

@@ -7,6 +7,7 @@ Bad input is one line on stderr and exit code 2, before anything was touched.
 from __future__ import annotations
 
 import contextlib
+import difflib
 import errno
 import io
 import os
@@ -20,7 +21,8 @@ import tyro
 from saltflat import __version__
 from saltflat.lab.commands import making, measuring, studies
 from saltflat.lab.commands.frame import Job, app, study_app
-from saltflat.lab.config import BadInput, Interrupted, one_line
+from saltflat.lab.config import BadInput, Interrupted, one_line, told
+from saltflat.lab.recipes import RECIPES
 
 KNOWN = (making, measuring, studies)  # a command is known once its file is imported, and in this order
 SHARED = ("train", "evaluate", "landscape", "flatness")  # what many processes do together
@@ -34,6 +36,8 @@ def parsed(arguments: Sequence[str]) -> Job:
     if words == ["study"]:
         words += ["--help"]
     going_on = words[0] == "train" and any(word == "--resume" or word.startswith("--resume=") for word in words)
+    if words[0] == "train" and not going_on and words[1:] and not words[1].startswith("-"):
+        _check_recipe(words[1])
     columns = os.environ.get("COLUMNS")
     try:
         if "--help" not in words and "-h" not in words:
@@ -52,6 +56,14 @@ def parsed(arguments: Sequence[str]) -> Job:
         os.environ.pop("COLUMNS", None)
         if columns is not None:
             os.environ["COLUMNS"] = columns
+
+
+def _check_recipe(name: str) -> None:
+    """BadInput that names what it may have been: tyro would take a stranger for an option."""
+    if name not in RECIPES:
+        near = difflib.get_close_matches(name[:100], RECIPES, 3)
+        meant = f"; perhaps you meant {' or '.join(near)}" if near else ""
+        raise BadInput(f"recipe: expected a name that `saltflat recipes` lists, got {told(name)}{meant}")
 
 
 RULES = ("───", "---")

@@ -76,6 +76,9 @@ def evaluate(
     if model is not None and eps is None:
         raise BadInput("eps: expected the radius of the threat model beside --model, in pixel units, got none")
 
+    if model is None and run.is_file() and run.suffix != ".safetensors":
+        raise BadInput(f"model: expected the network of the checkpoint {str(run)!r} (see --help), got none")
+
     def job() -> None:
         from saltflat.lab import evaluations, subjects, threat
 
