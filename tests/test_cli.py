@@ -190,6 +190,7 @@ def bad_inputs(folder: Path) -> dict[str, tuple[list[str], str]]:
 NAMES = [
     "unknown command",
     "unknown recipe",
+    "no recipe but its adversary",
     "no recipe",
     "unknown field",
     "negative gamma",
