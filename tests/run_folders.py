@@ -1,5 +1,6 @@
 """Run folders made up for tests, without training anything, and the page that they make."""
 
+import base64
 import json
 import math
 from collections.abc import Iterable, Sequence
@@ -42,6 +43,7 @@ def synthetic_run(
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     write(folder / "outcomes" / "best.json", outcome("best", robust + 1))
     write(folder / "outcomes" / "last.json", outcome("last", robust))
+    write(folder / "examples" / "last.json", examples_record(seed))
     if landscape:
         write(folder / "landscapes" / "last.json", landscape_record(gap, draws))
     return folder
@@ -129,6 +131,23 @@ def outcome(checkpoint: str, robust: float) -> dict[str, Any]:
         for name, drop in drops.items()
     ]
     return {"checkpoint": checkpoint, "split": "test", "n": 2000, "attacks": attacks, "settings": {"eps": "8/255"}}
+
+
+def examples_record(seed: int = 0, *, shape: tuple[int, int, int] = (3, 6, 5), eps: float = 8 / 255) -> dict[str, Any]:
+    """Two images of noise, each moved by eps in every pixel, up or down, within [0, 1]."""
+    draws = np.random.default_rng(seed)
+
+    def encoded(image: Any) -> str:
+        return base64.b64encode(np.asarray(image, "<f4").tobytes()).decode()
+
+    examples = []
+    for number in (3, 7):
+        clean = draws.integers(0, 256, shape) / 255
+        attacked = np.clip(clean + eps * draws.choice([-1, 1], shape), 0, 1)
+        about = {"example": number, "label": number % 3, "predicted": 9, "attack": "pgd-20"}
+        examples.append(about | {"clean": encoded(clean), "attacked": encoded(attacked)})
+    place = {"checkpoint": "last", "split": "test", "n": 2000, "threat": "Linf, eps 8/255"}
+    return place | {"shape": list(shape), "examples": examples}
 
 
 def landscape_record(curvature: float, draws: np.random.Generator, points: int = 11) -> dict[str, Any]:
@@ -268,6 +287,9 @@ def hostile_runs(folder: Path) -> list[Path]:
         settings = {"settings": {HOSTILE: HOSTILE}}
         place = {"checkpoint": HOSTILE, "split": HOSTILE, "n": 9}
         write(one / "outcomes" / "last.json", place | settings | {"attacks": attacks})
+        fooled = examples_record(seed) | place | {"threat": HOSTILE}
+        fooled["examples"] = [entry | {"attack": HOSTILE} for entry in fooled["examples"]]
+        write(one / "examples" / "last.json", fooled)
         record = landscape_record(10, np.random.default_rng(0))
         write(one / "landscapes" / "last.json", record | place | settings)
         grid = plane_record(10, gaps=[(0, 0)]) | place | {"settings": {HOSTILE: HOSTILE, "attack": HOSTILE}}

@@ -143,7 +143,7 @@ def test_a_value_between_two_gaps_is_a_dot() -> None:
     alphas = np.linspace(-1, 1, 5)
     values = np.array([[1.0, np.nan, 0.5, np.nan, 1.0]])
     kept = [
-        landscape([GroupLandscape("at", alphas, (row,))], RAW, identity="one", description="")
+        landscape([GroupLandscape("at", alphas, (row,))], RAW, identity="one", description="").svg
         for row in (values, np.ones((1, 5)))
     ]
     dots = [svg.count("<use") for svg in kept]

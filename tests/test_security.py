@@ -361,7 +361,7 @@ def test_each_alone_adds_none(number, tmp_path, monkeypatch):
 
 def test_the_data_of_a_surface_are_json_that_no_name_ends(tmp_path, monkeypatch):
     text = of_runs("</script><!--<script>", tmp_path / "hostile", monkeypatch)
-    start = text.index('<script type="application/json"')
+    start = text.index('<script type="application/json" id="plane-')
     island = text[text.index(">", start) + 1 : text.index("</script>", start)]
     assert "</script><!--<script>" in json.loads(island)["runs"][0]["name"]
     assert not set("<>&") & set(island)

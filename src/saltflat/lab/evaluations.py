@@ -2,6 +2,7 @@
 
 outcomes/NAME.part           verdicts so far, after every batch; what a killed evaluation goes on from
 outcomes/NAME.npz  NAME.json verdicts of all examples; accuracies, checks and settings, written last
+examples/NAME.json           the first images that were fooled, to look at
 
 Processes that torchrun started take batches in turn, and the first of them writes. What becomes of an example, and what
 is written, is what one process finds, to the bit, and any number of them goes on from what any other number left.
@@ -24,6 +25,7 @@ from saltflat import parallel
 from saltflat.evaluation import checks, interval
 from saltflat.evaluation.checks import Flag
 from saltflat.evaluation.suite import Column, Done, Verdicts, evaluate, prepared
+from saltflat.lab import examples as fooled
 from saltflat.lab import once, record, verdicts_file
 from saltflat.lab.config import BadInput
 from saltflat.lab.console import CONSOLE, progress, say
@@ -77,6 +79,16 @@ def evaluation(of: Subject, names: Sequence[str], split: str, examples: int, how
         def written() -> dict[str, Any]:
             doubts = flags + _after(of, described, done, x, y, how)
             verdicts_file.write(path.with_suffix(".npz"), verdicts_file.Kept(done, seconds), y, rows)
+            fooled.keep(
+                of.folder / "examples" / path.name,
+                {**asked, "threat": str(of.threat)},
+                of,
+                [found.column for found in described],
+                done.verdicts,
+                (x, y, rows),
+                seed=how.seed,
+                dtype=PRECISIONS[how.precision],
+            )
             summary = {
                 **asked,
                 "threat": asdict(of.threat),

@@ -7,7 +7,7 @@
     checkpoints/epoch-N.safetensors                   weights of epochs that keep_every asks for
     checkpoints/resume-STEP-SHA.pt                    all that `fit` needs to go on, the metrics so far among it: after
                                                       every epoch, within long ones, and when told to stop; two are kept
-    outcomes/  landscapes/  flatness/  gaps/          what `evaluate`, `landscape`, `flatness` and `study` find
+    outcomes/  examples/  landscapes/  flatness/  gaps/  what `evaluate`, `landscape`, `flatness`, `study` find
 
 Every file but the metrics is written beside its place, flushed to the disk, and renamed into it. A line of metrics may
 be there without its checkpoint (killed in between); going on drops it, and the epoch is made again, equal.

@@ -14,6 +14,7 @@ import unicodedata
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 from xml.sax.saxutils import quoteattr
 
@@ -34,6 +35,45 @@ VARIABLES = {INK: "--figure-ink", MUTED: "--figure-muted", GRID: "--figure-grid"
 }
 WIDTH, HEIGHT = 460.0, 340.0  # of one panel, in CSS pixels when shown at its natural size
 TINY, SMALL, TEXT, HEADING = 10.5, 11.5, 12.5, 14.5  # pixels
+
+
+@dataclass(frozen=True)
+class Frame:
+    """Where a figure's axes lie in it, in percent from its left and from its top, and what their ends stand for."""
+
+    left: float
+    right: float
+    top: float
+    bottom: float
+    across: tuple[float, float]
+    up: tuple[float, float]
+
+    def place(self, x: float, y: float) -> tuple[float, float]:
+        """In percent from the figure's left and from its top.
+
+        >>> Frame(10.0, 90.0, 20.0, 80.0, (0.0, 4.0), (0.0, 1.0)).place(1.0, 1.0)
+        (30.0, 20.0)
+        """
+        share_x = (x - self.across[0]) / (self.across[1] - self.across[0])
+        share_y = (y - self.up[0]) / (self.up[1] - self.up[0])
+        across = self.left + share_x * (self.right - self.left)
+        return round(across, 2), round(self.bottom - share_y * (self.bottom - self.top), 2)
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A figure's SVG text, and the frame of its axes, so that a page can point at what is in it."""
+
+    svg: str
+    frame: Frame
+
+
+def drawn(figure: Figure, axes: Axes, identity: str, description: str) -> Drawn:
+    """The figure as `svg` makes it, with its frame."""
+    text = svg(figure, identity, description)
+    box, across, up = axes.get_position(), axes.get_xlim(), axes.get_ylim()
+    left, right, top, bottom = (round(100 * end, 3) for end in (box.x0, box.x1, 1 - box.y1, 1 - box.y0))
+    return Drawn(text, Frame(left, right, top, bottom, across, up))
 
 
 def panel(

@@ -28,8 +28,10 @@ from saltflat.lab.report.drawing import (
     SMALL,
     TEXT,
     TINY,
+    Drawn,
     colour,
     drawing,
+    drawn,
     legend,
     panel,
     shortened,
@@ -40,7 +42,7 @@ from saltflat.lab.report.surfaces import Surface, extent, level_in_words
 GOLDEN_ANGLE = np.pi * (3 - 5**0.5)  # turned by it again and again, no two directions are near
 
 
-def learning_curves(group: GroupCurves, *, among: Sequence[GroupCurves], identity: str, description: str) -> str:
+def learning_curves(group: GroupCurves, *, among: Sequence[GroupCurves], identity: str, description: str) -> Drawn:
     """One panel: robust accuracy on the training subset and on test, the gap between them shaded, and clean test.
 
     The axes hold every curve of the groups that it is shown `among`, so that panels can be compared by eye.
@@ -63,7 +65,7 @@ def learning_curves(group: GroupCurves, *, among: Sequence[GroupCurves], identit
             lines = (("clean test", clean, MUTED), ("robust train", train, ink), ("robust test", test, ink))
             ends = [(text, float(line[-1]), end) for text, line, end in lines if np.isfinite(line[-1])]
             _label_ends(axes, float(epochs[-1]), ends)
-        return svg(figure, identity, description)
+        return drawn(figure, axes, identity, description)
 
 
 def landscape(
@@ -73,7 +75,7 @@ def landscape(
     footnotes: Sequence[str] = (),
     identity: str,
     description: str,
-) -> str:
+) -> Drawn:
     """A quantity along directions, averaged over directions and seeds, with a band of one standard deviation.
 
     Where a value is missing the line breaks, and a cross at the foot of the axes marks the gap.
@@ -108,7 +110,7 @@ def landscape(
         axes.set_xlim(min(group.alphas.min() for group in groups), max(group.alphas.max() for group in groups))
         axes.set_xlabel("α, in lengths of the normalised direction")
         legend(axes, handles, [f"{shortened(group.name, 34)} · {group.origin(ordinate)}" for group in groups])
-        return svg(figure, identity, description)
+        return drawn(figure, axes, identity, description)
 
 
 def alone(values: Array) -> NDArray[np.bool_]:

@@ -30,7 +30,7 @@ def flatness_table(groups: Sequence[Group]) -> Table:
         label="Measures of flatness",
         caption=_caption(found, common),
         columns=(
-            Column("images"),
+            Column("images", "", "images"),
             *(
                 Column(shortened(group.name, 40), counted(len(group.finished), "seed"), series=group.series)
                 for group in shown

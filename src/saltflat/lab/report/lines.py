@@ -22,6 +22,7 @@ from saltflat.lab.report.figures import landscape
 from saltflat.lab.report.landscapes import Gap, Line
 from saltflat.lab.report.notation import counted, decimal
 from saltflat.lab.report.plates import Plate
+from saltflat.lab.report.probes import along_direction
 from saltflat.lab.report.statistics import Group
 
 Answers = Mapping[Group, Mapping[int, Line]]
@@ -57,21 +58,21 @@ def _question(line: Line) -> tuple[object, ...]:
 def _plate(answers: Answers, identity: str) -> Plate:
     lines = [line for by_seed in answers.values() for line in by_seed.values()]
     grid = f"{len(lines[0].alphas)} points at α {ends(lines[0].alphas)}"
-    panels = []
+    panels, probes = [], []
     for ordinate, quantity in QUANTITIES:
         if any(np.isfinite(quantity(line)).any() for line in lines):
             drawn = [_of_group(group, by_seed, quantity) for group, by_seed in answers.items()]
             name = ordinate.title.lower().replace(" ", "-")
-            panels.append(
-                landscape(
-                    drawn,
-                    ordinate,
-                    footnotes=footnotes(lines[0], grid),
-                    identity=f"{identity}-{name}",
-                    description=_description(drawn, ordinate, lines[0]),
-                )
+            figure = landscape(
+                drawn,
+                ordinate,
+                footnotes=footnotes(lines[0], grid),
+                identity=f"{identity}-{name}",
+                description=_description(drawn, ordinate, lines[0]),
             )
-    return Plate(tuple(map(Markup, panels)), _caption(answers, lines[0]), _title(lines[0]))
+            panels.append(Markup(figure.svg))
+            probes.append(along_direction(drawn, ordinate, figure.frame))
+    return Plate(tuple(panels), _caption(answers, lines[0]), _title(lines[0]), tuple(probes))
 
 
 def _title(line: Line) -> str:

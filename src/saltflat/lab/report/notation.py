@@ -34,3 +34,11 @@ def counted(n: int, noun: str, plural: str = "") -> str:
     ('1 seed', '3 seeds', '2 batches')
     """
     return f"{n} {noun if n == 1 else plural or f'{noun}s'}"
+
+
+def cut(text: str, most: int) -> str:
+    """
+    >>> cut("a long name", 7), cut("short", 7)
+    ('a long…', 'short')
+    """
+    return text if len(text) <= most else f"{text[: most - 1]}…"

@@ -53,6 +53,7 @@ def _remarks(group: Group, run: Run) -> list[str]:
     fallen = ", ".join(str(epoch.number) for epoch in run.epochs if epoch.collapsed)
     losses = [loss for epoch in run.epochs for loss in (epoch.train.robust_loss, epoch.test.robust_loss)]
     end = f"Stopped after epoch {run.reached} of"
+    attacked = any(one.name != "clean" for outcome in run.outcomes for one in outcome.attacks)
     tensors = counted(skipped, "weight tensor")
     remarks = {
         f"{end} {group.last_epoch}: drawn as thin lines and left out of all means": unfinished,
@@ -62,6 +63,7 @@ def _remarks(group: Group, run: Run) -> list[str]:
         f"{tensors} stayed unperturbed for a step: no usable gradient, or nothing to climb": skipped,
         f"{counted(dropped, 'batch', 'batches')} dropped, whose gradients were not finite": dropped,
         f"Robust accuracy on the training subset fell by more than 20 points in epoch {fallen}": fallen,
+        "No adversarial example is on record: none was kept, or no attack succeeded": attacked and not run.examples,
         "The working tree had uncommitted changes": run.environment.get("git.dirty") == "yes",
     }
     return [text for text, holds in remarks.items() if holds]

@@ -1,7 +1,8 @@
 """The page: one offline HTML file whose every number and word is a function of the records that runs left.
 
-It has no address outside itself, and names out of records are escaped. Where there are surfaces, one script draws them,
-which the page's policy knows by its hash. Nothing here imports torch.
+It has no address outside itself, and names out of records are escaped. All that is on it can be read without a script:
+one script reads values out of figures and moves among numbers, another draws surfaces where there are any, and the
+page's policy knows both by their hashes. Nothing here imports torch.
 """
 
 import base64
@@ -14,7 +15,10 @@ from markupsafe import Markup
 
 from saltflat.lab.config import BadInput
 from saltflat.lab.record import replacing
+from saltflat.lab.report.attacks import attacks_plate
+from saltflat.lab.report.differences import difference_tables
 from saltflat.lab.report.drawing import VARIABLES
+from saltflat.lab.report.examples import galleries
 from saltflat.lab.report.flatness import flatness_table
 from saltflat.lab.report.lines import line_plates
 from saltflat.lab.report.notation import counted
@@ -26,10 +30,13 @@ from saltflat.lab.report.settings import configuration, environments
 from saltflat.lab.report.spectra import spectrum_plates
 from saltflat.lab.report.statistics import Group, grouped, runs_of
 from saltflat.lab.report.tables import accuracy_table, cost_table, outcome_table, seeds_table
+from saltflat.lab.report.terms import claimed, shown
+from saltflat.lab.report.trained import trained_table
 from saltflat.lab.report.words import headline
 
 TEMPLATES = Path(__file__).parent
 SCRIPT = TEMPLATES / "surface.js"
+READER = TEMPLATES / "reader.js"
 
 
 def write_report(runs: Sequence[Path], path: Path, *, title: str | None = None) -> None:
@@ -46,7 +53,7 @@ def render(runs: Sequence[Run], *, title: str | None = None) -> str:
     """The page as text: equal records give an equal page."""
     groups = grouped(runs)
     planes = plane_plates(groups)
-    script = Markup(SCRIPT.read_text(encoding="utf-8")) if planes else None
+    scripts = [Markup(path.read_text(encoding="utf-8")) for path in (READER, *([SCRIPT] if planes else []))]
     return (
         templates()
         .get_template("page.html.j2")
@@ -55,15 +62,21 @@ def render(runs: Sequence[Run], *, title: str | None = None) -> str:
             extent=f"{counted(len(groups), 'recipe')}, {counted(len(runs_of(groups)), 'run')}",
             folders=[run.folder.name for run in runs_of(groups)],
             headline=headline(groups),
+            claimed=claimed,
+            shown=shown,
+            trained=trained_table(groups),
             tables=[table for table in (accuracy_table(groups), outcome_table(groups)) if table.bodies],
+            attacks=attacks_plate(groups),
             seeds=seeds_table(groups),
+            differences=difference_tables(groups),
             curves=curves_plate(groups),
             landscapes=line_plates(groups),
             planes=planes,
-            script=script,
-            policy=_policy(script),
+            scripts=scripts,
+            policy=_policy(scripts),
             flatness=flatness_table(groups),
             spectra=spectrum_plates(groups),
+            galleries=galleries(groups),
             cost=cost_table(groups),
             configuration=configuration(groups),
             environments=environments(groups),
@@ -94,13 +107,11 @@ def _straight(shown: object) -> object:
     return shown.translate(TURNING) if isinstance(shown, str) else shown
 
 
-def _policy(script: str | None) -> str:
-    """What the page may do: nothing but its own styles and, by its hash, its own script."""
-    policy = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
-    if script is None:
-        return policy
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    return f"{policy}; script-src 'sha256-{digest}'"
+def _policy(scripts: Sequence[str]) -> str:
+    """What the page may do: nothing but its own styles and pictures and, by their hashes, its own scripts."""
+    digests = [base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in scripts]
+    allowed = " ".join(f"'sha256-{digest}'" for digest in digests)
+    return f"default-src 'none'; style-src 'unsafe-inline'; img-src data:; script-src {allowed}"
 
 
 def _default_title(groups: Sequence[Group]) -> str:

@@ -4,7 +4,6 @@ Every run is shown by itself, on the levels and the scale of all those that were
 directions of its own, so that a mean of surfaces would be none.
 """
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +18,7 @@ from saltflat.lab.report.figures import contour
 from saltflat.lab.report.landscapes import Gap, Plane
 from saltflat.lab.report.notation import decimal
 from saltflat.lab.report.plates import Plate
+from saltflat.lab.report.probes import in_script
 from saltflat.lab.report.statistics import Group
 from saltflat.lab.report.surfaces import Surface, extent, levels_between, nearest_zero
 
@@ -155,8 +155,7 @@ def island(shown: Sequence[Shown]) -> Markup:
             for name, series, plane in shown
         ],
     }
-    text = json.dumps(content, allow_nan=False, separators=(",", ":"))
-    return Markup(text.replace("<", r"\u003c").replace(">", r"\u003e").replace("&", r"\u0026"))
+    return in_script(content)
 
 
 def _rows(values: Array) -> list[list[float | None]]:

@@ -1,4 +1,6 @@
-"""Plates: figures side by side under a caption, each with a description for those who cannot see it."""
+"""Plates: figures side by side under a caption, each with a description for those who cannot see it, and perhaps with
+a probe for those who want its values.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,6 +11,7 @@ from markupsafe import Markup
 from saltflat.lab.report.curves import GroupCurves, SeedCurves, mean_curves
 from saltflat.lab.report.figures import learning_curves
 from saltflat.lab.report.notation import counted
+from saltflat.lab.report.probes import Probe, along_epochs, island
 from saltflat.lab.report.runs import Run
 from saltflat.lab.report.statistics import Group, measured
 from saltflat.lab.report.words import distinct, measurement_caption
@@ -16,28 +19,35 @@ from saltflat.lab.report.words import distinct, measurement_caption
 
 @dataclass(frozen=True)
 class Plate:
-    """Figures side by side under one caption."""
+    """Figures side by side under one caption; `probes`: one for each figure that has values to be read, or none."""
 
     panels: tuple[Markup, ...]
     caption: str
     title: str = ""
+    probes: tuple[Probe | None, ...] = ()
+
+    @property
+    def island(self) -> Markup:
+        """The probes as JSON for the page's script; empty without any."""
+        return island(self.probes) if any(self.probes) else Markup("")
 
 
 def curves_plate(groups: Sequence[Group]) -> Plate | None:
     """Learning curves, one panel per group, on the same axes."""
-    drawn = [_group_curves(group) for group in measured(groups)]
-    if not drawn:
+    shown = [_group_curves(group) for group in measured(groups)]
+    if not shown:
         return None
-    panels = (
-        learning_curves(curves, among=drawn, identity=f"curves-{index}", description=_curve_words(curves))
-        for index, curves in enumerate(drawn)
-    )
+    figures = [
+        learning_curves(curves, among=shown, identity=f"curves-{index}", description=_curve_words(curves))
+        for index, curves in enumerate(shown)
+    ]
     return Plate(
-        tuple(map(Markup, panels)),
+        tuple(Markup(figure.svg) for figure in figures),
         "Accuracy against epoch; thick: mean over seeds, thin: each seed. Solid: robust accuracy on test. Dashed: "
         "robust accuracy on the training subset. The shaded area between them is the robust generalisation gap. "
         "Dotted: clean accuracy on test. A dot marks the best epoch of a seed, chosen on validation. All panels have "
         "the same axes. " + measurement_caption(groups),
+        probes=tuple(along_epochs(curves, figure.frame) for curves, figure in zip(shown, figures, strict=True)),
     )
 
 

@@ -5,6 +5,7 @@
     evaluation.json      how every epoch was measured
     metrics.jsonl        one line per epoch
     outcomes/*.json      final evaluations
+    examples/*.json      images that an attack fooled
     landscapes/*.json    weight loss landscapes, along lines and over planes
     flatness/*.json      measures of flatness
 
@@ -22,6 +23,7 @@ from pydantic import BeforeValidator, Field, Strict, TypeAdapter
 
 from saltflat.lab.config import BadInput, Train, as_text, read_yaml
 from saltflat.lab.record import DECIDES, read_config, unsealed
+from saltflat.lab.report.fooled import Examples, read_examples
 from saltflat.lab.report.landscapes import Line, Plane, read_landscape
 from saltflat.lab.report.rows import flattened
 
@@ -165,6 +167,7 @@ class Run:
     evaluation: Mapping[str, str]
     epochs: tuple[Epoch, ...]
     outcomes: tuple[Outcome, ...]
+    examples: tuple[Examples, ...]
     lines: tuple[Line, ...]
     planes: tuple[Plane, ...]
     flatness: tuple[Flatness, ...]
@@ -203,6 +206,7 @@ def read_run(folder: Path) -> Run:
         outcomes=_read_parts(
             folder / "outcomes", TypeAdapter(Outcome).validate_json, notes, "No final evaluation: run saltflat evaluate"
         ),
+        examples=_read_parts(folder / "examples", read_examples, notes, ""),
         lines=tuple(part for part in landscapes if isinstance(part, Line)),
         planes=tuple(part for part in landscapes if isinstance(part, Plane)),
         flatness=_read_parts(folder / "flatness", TypeAdapter(Flatness).validate_json, notes, ""),

@@ -3,9 +3,11 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from saltflat.lab.report.notation import MISSING
+from saltflat.lab.report.notation import MISSING, cut
 from saltflat.lab.report.runs import Run
 from saltflat.lab.report.statistics import Group, differing
+
+LONGEST = 500  # signs of a field or its value
 
 
 @dataclass(frozen=True)
@@ -33,11 +35,13 @@ def _settings(groups: Sequence[Group], rows_of: Callable[[Run], Mapping[str, str
     return Settings(
         heads=tuple(group.name for group in groups),
         different=tuple(
-            (key, tuple(table.get(key, MISSING) for table in merged))
+            (cut(key, LONGEST), tuple(cut(table.get(key, MISSING), LONGEST) for table in merged))
             for key in different
             if key != "recipe"  # the heads say it
         ),
-        common=tuple((key, value) for key, value in merged[0].items() if key not in different),
+        common=tuple(
+            (cut(key, LONGEST), cut(value, LONGEST)) for key, value in merged[0].items() if key not in different
+        ),
     )
 
 

@@ -1,15 +1,16 @@
 """Tables of numbers: one body of rows per group, and every mean with its spread."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from saltflat.lab.report.drawing import shortened
+from saltflat.lab.report.evaluated import Attack, BySeed, accuracies, attacks_of, evaluated, settings_of, under
 from saltflat.lab.report.notation import MISSING, decimal
-from saltflat.lab.report.runs import Attacked, Epoch, Run
-from saltflat.lab.report.statistics import Group, Spread, at, best, drop, finite, last, measured, over_seeds
+from saltflat.lab.report.runs import Epoch, Run
+from saltflat.lab.report.statistics import Group, Spread, at, best, drop, last, measured, over_seeds
 from saltflat.lab.report.words import machine_caption, measurement_caption
 
 
@@ -24,7 +25,9 @@ class Cell:
 
 @dataclass(frozen=True)
 class Column:
-    """A heading; `term` is a key of the page's definitions, `title` shows on hover, a group's has its `series`."""
+    """A heading; `term` is a key of the page's definitions, `title` says more of this column: both are shown where the
+    heading, or a number below it, is pointed at or has the focus. A group's has its `series`.
+    """
 
     text: str
     unit: str = ""
@@ -64,7 +67,7 @@ class Table:
 
 
 MEASURES: tuple[tuple[Column, Callable[[Epoch], float], int], ...] = (  # heading, value, decimal places
-    (Column("epoch"), lambda epoch: epoch.number, 0),
+    (Column("epoch", "", "epoch"), lambda epoch: epoch.number, 0),
     (Column("clean", "test, %", "clean"), lambda epoch: epoch.clean, 2),
     (Column("robust", "test, %", "robust"), lambda epoch: epoch.robust, 2),
     (Column("robust", "training subset, %", "train"), lambda epoch: epoch.robust_train, 2),
@@ -109,41 +112,28 @@ def seeds_table(groups: Sequence[Group]) -> Table:
         caption="The last epoch that each run recorded, unfinished runs included.",
         columns=(*MEASURED, Column("robust at best", "test, %", "checkpoint"), DROP),
         bodies=_bodies(groups, lambda group: [row(run) for run in group.runs if run.epochs]),
-        row_labels=Column("seed"),
+        row_labels=Column("seed", "", "seed"),
     )
 
 
 def outcome_table(groups: Sequence[Group]) -> Table:
     """Final evaluations: one row per group and checkpoint, one column per attack and its exact description."""
-    found = [outcome for group in groups for run in group.finished for outcome in run.outcomes]
-    attacks = list(dict.fromkeys((one.name, one.description) for outcome in found for one in outcome.attacks))
-    settings = dict.fromkeys(
-        "; ".join(f"{key}: {value}" for key, value in outcome.settings.items()) for outcome in found if outcome.settings
-    )
+    attacks = attacks_of(groups)
 
     def rows(group: Group) -> list[Row]:
-        # Averaged only over the same checkpoint, split and number of images.
-        places: dict[tuple[str, str, int], dict[int, list[Attacked]]] = {}
-        for run in group.finished:
-            for outcome in run.outcomes:
-                by_seed = places.setdefault((outcome.checkpoint, outcome.split, outcome.n), {})
-                by_seed.setdefault(run.seed, []).extend(outcome.attacks)
-        return [row(*place, by_seed) for place, by_seed in places.items()]
+        return [row(*place, by_seed) for place, by_seed in evaluated(group).items()]
 
-    def row(checkpoint: str, split: str, n: int, by_seed: Mapping[int, Sequence[Attacked]]) -> Row:
-        cells = [
-            _outcome_cell({s: one for s, ones in by_seed.items() for one in ones if (one.name, one.description) == key})
-            for key in attacks
-        ]
+    def row(checkpoint: str, split: str, n: int, by_seed: BySeed) -> Row:
+        cells = [_outcome_cell(attack, by_seed) for attack in attacks]
         return Row(checkpoint, (Cell(str(len(by_seed))), Cell(f"{n} {split}"), *cells))
 
     return Table(
         label="Final evaluation",
         caption="Accuracy in percent, mean ± sample standard deviation over seeds; where one run stands alone, "
-        "its 95 % interval in brackets. " + " ".join(f"Settings: {text}." for text in settings),
+        "its 95 % interval in brackets. " + " ".join(f"Settings: {text}." for text in settings_of(groups)),
         columns=(
             SEEDS,
-            Column("images"),
+            Column("images", "", "images"),
             *(Column(name, "%", "clean" if name == "clean" else "robust", text) for name, text in attacks),
         ),
         bodies=_bodies(groups, rows),
@@ -167,11 +157,11 @@ def cost_table(groups: Sequence[Group]) -> Table:
         caption=f"Mean ± sample standard deviation over seeds. {machine_caption(groups)}",
         columns=(
             SEEDS,
-            Column("epochs"),
+            Column("epochs", "", "epochs"),
             Column("training", "s per epoch", "seconds"),
-            Column("relative", f"to {shortened(timed[0].name, 24)}" if timed else ""),
+            Column("relative", f"to {shortened(timed[0].name, 24)}" if timed else "", "relative"),
             Column("evaluation", "s per epoch", "seconds"),
-            Column("total", "min per run"),
+            Column("total", "min per run", "total"),
         ),
         bodies=_bodies(timed, lambda group: [row(group)]),
     )
@@ -202,9 +192,9 @@ def _cell(spread: Spread, places: int = 2) -> Cell:
     return Cell(decimal(spread.mean, places), f"± {decimal(spread.deviation, places)}" if spreads else "", detail)
 
 
-def _outcome_cell(by_seed: Mapping[int, Attacked]) -> Cell:
-    shown = _cell(finite({seed: 100 * one.accuracy for seed, one in by_seed.items()}))
-    intervals = [one.interval for one in by_seed.values()]
+def _outcome_cell(attack: Attack, by_seed: BySeed) -> Cell:
+    shown = _cell(accuracies(attack, by_seed))
+    intervals = [one.interval for one in under(attack, by_seed).values()]
     if len(intervals) == 1 and intervals[0]:
         return Cell(shown.mean, "[" + ", ".join(decimal(100 * end) for end in intervals[0]) + "]", shown.detail)
     return shown
