@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import re
 import statistics
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -94,6 +95,9 @@ def markdown(path: Path) -> str:
 
 
 def main(checkout: Path, out: Path) -> None:
+    at = subprocess.run(["git", "-C", checkout, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout
+    if at.strip() != COMMIT:
+        sys.exit(f"expected {checkout} at {COMMIT}, got {at.strip()}")
     logs = sorted(checkout.glob("AT_AWP/logs/*/*/output.log"))
     runs = [read(path) for path in logs]
     runs.sort(key=lambda run: (run["data"], run["norm"] != "L-inf", run["network"], run["method"] != "AT"))

@@ -98,5 +98,6 @@ def runs_of(record: Path) -> list[Path]:
 if __name__ == "__main__":
     for page in pages():
         page.write_text(generated(page))
-        for name, svg in figures(page.parent).items():
-            (page.parent / f"{name}.svg").write_text(svg)
+        if page.parent.parent == ROOT / "records":
+            for name, svg in figures(page.parent).items():
+                (page.parent / f"{name}.svg").write_text(svg)

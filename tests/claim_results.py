@@ -14,7 +14,6 @@ ALPHAS = [-1.0, -0.5, 0.0, 0.5, 1.0]
 def made_up(arm, seed, robust=(0.30, 0.25), train=0.45, flat=0.4, note="", accuracy=0.2):
     """A result as `claims` writes it. robust: on test, of the best and of the last checkpoint."""
     found = {
-        "asked": "00000000",
         "arm": arm.name,
         "question": arm.question,
         "against": arm.against,

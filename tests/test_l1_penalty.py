@@ -50,6 +50,7 @@ def test_the_weight_adversary_climbs_it_too():
         torch.testing.assert_close(seen[name], expected, rtol=1e-6, atol=1e-8)
 
 
-def test_a_negative_weight_is_refused():
-    with pytest.raises(ValueError, match="weight: expected at least 0, got -1"):
-        L1(AT(), -1)
+@pytest.mark.parametrize("weight", [-1, float("inf"), float("nan")])
+def test_other_weights_are_refused(weight):
+    with pytest.raises(ValueError, match=f"weight: expected a finite number, at least 0, got {weight}"):
+        L1(AT(), weight)

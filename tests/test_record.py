@@ -288,3 +288,30 @@ def test_a_folder_of_a_run_can_be_read_by_whom_other_folders_can_and_have_a_long
     other.mkdir()
     assert folder.stat().st_mode == other.stat().st_mode
     assert list(folder.parent.iterdir()) == [folder]
+
+
+def test_what_a_killed_start_left_is_cleared_and_nothing_else_is(tmp_path):
+    fcntl = pytest.importorskip("fcntl")
+    left, made = (tmp_path / f".at.{name}.new" for name in ("0123abcd", "89abcdef"))
+    others = [tmp_path / name for name in (".at.my notes.new", ".at.b.0123abcd.new", ".mart.0123abcd.new", "at.new")]
+    for folder in (left, made, *others):
+        folder.mkdir()
+        (folder / "thesis.txt").write_text("years of work")
+    held = os.open(made, os.O_RDONLY)  # by a process that is at it
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        record.create(tmp_path / "at", Train(), ENVIRONMENT, {})
+    finally:
+        os.close(held)
+    assert {path.name for path in tmp_path.iterdir()} == {"at", made.name, *(other.name for other in others)}
+
+
+def test_a_folder_that_somebody_holds_is_no_reason_to_wait_for_ever(tmp_path):
+    fcntl = pytest.importorskip("fcntl")
+    held = os.open(tmp_path, os.O_RDONLY)
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        record.create(tmp_path / "at", Train(), ENVIRONMENT, {})
+    finally:
+        os.close(held)
+    assert (tmp_path / "at" / "config.yaml").is_file()

@@ -195,6 +195,33 @@ def test_what_failed_is_told_of_and_leaves_the_rest_as_it_was(tmp_path):
     assert reached_table(found).bodies[0].rows[0].cells[0].mean == "2"
 
 
+@pytest.mark.parametrize("failed", ["at", "at-awp"])
+def test_an_arm_all_of_whose_runs_failed_leaves_a_page_and_is_counted(tmp_path, failed):
+    results = [
+        made_up(arm, seed, note="training failed: no numbers" if arm.name == failed else "")
+        for arm in (AT, AT_AWP)
+        for seed in range(3)
+    ]
+    found = groups(tmp_path / "results", results)
+    assert claims_page.render(found, "Claims").count("training failed") == 3
+    assert headline(found)[-1].claim.endswith("of 1 comparison, 1 could not be made.")
+    assert claims_markdown.summary(tmp_path)
+    assert claims_markdown.brief(tmp_path, "")
+
+
+def test_what_is_missing_is_listed(tmp_path):
+    whole, hole = made_up(AT, 0), made_up(AT_AWP, 1)
+    hole["flatness"]["measures"][0]["value"] = None
+    found = groups(tmp_path / "results", [whole, hole])
+    assert claims_page.missing(found) == [
+        "at, seed 1: not trained",
+        "at-awp, seed 0: not trained",
+        "at-awp, seed 1: no average case",
+    ]
+    assert claims_markdown.so_far(found).startswith("2 of 24 arms so far; not trained yet: trades, trades-awp")
+    assert not claims_markdown.so_far(groups(tmp_path / "all", everything()))
+
+
 def test_names_are_escaped(tmp_path):
     hostile = "<script>alert(1)</script>\"'&\u202e"
     results = [changed(made_up(AT, seed), arm=hostile, question=hostile) for seed in range(2)]
@@ -249,7 +276,8 @@ def test_the_command_goes_on_from_results_alone_and_refuses_those_of_other_setti
     with pytest.raises(SystemExit) as ended:
         run(*QUICK, "attack.steps=2", "--out", out)
     assert ended.value.code == 2
-    assert re.fullmatch(r"saltflat: out: \S+/at-seed0\.json is of other settings; .*\n", capsys.readouterr().err)
+    words = r"saltflat: out: \S+ holds at(-awp)?, seed 0, of other settings \(see config\.attack\.steps\); .*\n"
+    assert re.fullmatch(words, capsys.readouterr().err)
     result = json.loads((out / "results" / "at-seed0.json").read_text())
     assert result["config"]["optimizer"]["epochs"] == 2
     assert len(result["epochs"]) == 2

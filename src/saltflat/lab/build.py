@@ -114,6 +114,11 @@ def sets(config: Train) -> Sets:
         raise BadInput(
             f"data.padding: expected fewer pixels than the image's {size} to reflect, got {config.data.padding}"
         )
+    if config.data.cutout >= 2 * size:
+        raise BadInput(
+            f"data.cutout: expected less than twice the image's {size} pixels, of which nothing would be left, got "
+            f"{config.data.cutout}"
+        )
     rest, validation = datasets.stratified_split(train.labels, held, VALIDATION_SEED)
     own = _part(train, rest)
     if 0 < config.data.examples < len(own):

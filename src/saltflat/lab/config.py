@@ -301,7 +301,7 @@ class Optimizer:
     """Per step, of SGD; see decayed."""
     l1: NotNegative = 0.0
     """Times the sum of the absolute values of all weights of more than one dimension, added to the loss that training
-    minimises and the weight adversary climbs (an amortised one climbs the attack's, without it)."""
+    minimises and the weight adversary climbs; robust-wp and amortised ones climb without it."""
     decayed: Literal["all", "weights"] = "all"
     """What decays: all parameters, as in AWP's scripts, or those of more than one dimension."""
     average: Annotated[Number, Field(ge=0, lt=1)] = 0.0

@@ -30,6 +30,7 @@ import re
 import secrets
 import shutil
 import subprocess
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
@@ -71,36 +72,51 @@ def create(folder: Path, config: Train, environment: dict[str, Any], evaluation:
 @contextmanager
 def _growing(folder: Path) -> Iterator[Path]:
     """A new folder beside that one, which is gone after the block if it was not renamed; so are those that processes
-    left that were killed in such a block. Each is held by whoever makes it, so that it is known which nobody makes.
+    left that were killed in such a block. Each is held by whoever makes it, so that it is known which nobody makes;
+    between the making and the holding, the folder around it is held, or nothing is cleared.
     """
     start = f".{folder.name[:50]}."
     growing = folder.with_name(f"{start}{secrets.token_hex(4)}.new")
+    ours = re.compile(re.escape(start) + r"[0-9a-f]{8}\.new")
     with ExitStack() as making:
-        with _held(folder.parent, wait=True):
-            for left in [path for path in folder.parent.glob("*.new") if path.name.startswith(start) and path.is_dir()]:
-                with _held(left, wait=False) as nobodys:
-                    if nobodys:
+        with _held(folder.parent, patience=1.0) as cleared:
+            for left in [path for path in folder.parent.glob("*.new") if ours.fullmatch(path.name) and path.is_dir()]:
+                with _held(left) as nobodys:
+                    if cleared and nobodys:
                         shutil.rmtree(left, ignore_errors=True)
             growing.mkdir()
-            making.enter_context(_held(growing, wait=False))
+            making.enter_context(_held(growing))
         making.callback(shutil.rmtree, growing, ignore_errors=True)
         yield growing
 
 
 @contextmanager
-def _held(folder: Path, *, wait: bool) -> Iterator[bool]:
-    """Whether this process alone holds the folder inside the block; never, where the system has no such locks."""
+def _held(folder: Path, patience: float = 0.0) -> Iterator[bool]:
+    """Whether this process alone holds the folder inside the block, after so many seconds at most; never, where the
+    system has no such locks.
+    """
     with ExitStack() as stack:
         try:
-            import fcntl
-
             handle = os.open(folder, os.O_RDONLY)
-            stack.callback(os.close, handle)
-            fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except (ImportError, OSError):
+        except OSError:
             yield False
-        else:
-            yield True
+            return
+        stack.callback(os.close, handle)
+        until = time.monotonic() + patience
+        while not (taken := _taken(handle)) and time.monotonic() < until:
+            time.sleep(0.02)
+        yield taken
+
+
+def _taken(handle: int) -> bool:
+    """Whether the lock of what is open was free, and is this process' now."""
+    try:
+        import fcntl
+
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (ImportError, OSError):
+        return False
+    return True
 
 
 def write_config(folder: Path, config: Train) -> None:

@@ -9,6 +9,7 @@ Rice, Wong, Kolter, "Overfitting in adversarially robust deep learning", ICML 20
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,9 +27,9 @@ class L1:
 
     Args:
         objective: a pair of losses, in nats.
-        weight: >= 0, in nats per unit of the weights.
+        weight: >= 0 and finite, in nats per unit of the weights.
 
-    Raises ValueError for a negative weight. Weights in shards (FSDP2) are not for it.
+    Raises ValueError for another weight. Weights in shards (FSDP2) are not for it.
 
     >>> from saltflat import Natural
     >>> model = nn.Linear(2, 2)
@@ -42,8 +43,8 @@ class L1:
     weight: float
 
     def __post_init__(self) -> None:
-        if not self.weight >= 0:
-            raise ValueError(f"weight: expected at least 0, got {self.weight!r}")
+        if not 0 <= self.weight < math.inf:
+            raise ValueError(f"weight: expected a finite number, at least 0, got {self.weight!r}")
 
     def inner(self, model: nn.Module, x: Tensor, y: Tensor) -> Value:
         return self.objective.inner(model, x, y)

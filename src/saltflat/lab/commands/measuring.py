@@ -68,6 +68,8 @@ def evaluate(
         key: beside --model: where in the file the weights are, if it holds several.
         out: beside --model: folder of the outcomes; default evaluations/CHECKPOINT.
     """
+    if model is None and run.is_file() and run.suffix != ".safetensors":
+        raise BadInput(f"model: expected the network of the checkpoint {str(run)!r} (see --help), got none")
     foreign = {"data": data, "mean": mean, "std": std, "key": key, "out": out}
     if model is None and (given := [name for name, value in foreign.items() if value]):
         raise BadInput(f"{given[0]}: goes with --model, a run knows its own; got {foreign[given[0]]!r}")
@@ -75,9 +77,6 @@ def evaluate(
         raise BadInput(f"weights: expected none beside --model, got {str(weights)!r}")
     if model is not None and eps is None:
         raise BadInput("eps: expected the radius of the threat model beside --model, in pixel units, got none")
-
-    if model is None and run.is_file() and run.suffix != ".safetensors":
-        raise BadInput(f"model: expected the network of the checkpoint {str(run)!r} (see --help), got none")
 
     def job() -> None:
         from saltflat.lab import evaluations, subjects, threat

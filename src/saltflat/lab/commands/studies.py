@@ -229,6 +229,8 @@ def claims(
         from saltflat.lab.study import claims, compare, executors
 
         folder, of = out or Path("studies") / f"claims-{preset}", given.PRESETS[preset]
+        if varied := [change for change in set if change.startswith(("awp.", "objective.", "seed"))]:
+            raise BadInput(f"set: expected fields in which arms do not differ, got {varied[0]!r}")
         base = compare.changed(of.base, set)
         chosen = given.chosen(of, arms, extra_path)
         runs = {
@@ -240,7 +242,15 @@ def claims(
             print("\n".join(runs))
             return
         engine = executors.named(executor, workers, base.device, base.threads)
-        entries = claims.entries(runs, of.plan, folder)
-        claims.study(entries, f"The claims of AWP, {preset} preset", folder, engine)
+        by_name = {arm.name: arm for arm in of.arms}
+
+        def expected(name: str, seed: int) -> claims.Entry | None:
+            if name not in by_name:
+                return None
+            config = given.config(base, by_name[name], seed, extra_path)
+            return claims.entry(by_name[name], config, of.plan, folder)
+
+        entries = {name: claims.entry(*each, of.plan, folder) for name, each in runs.items()}
+        claims.study(entries, expected, f"The claims of AWP, {preset} preset", folder, engine)
 
     return job

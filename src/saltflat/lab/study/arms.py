@@ -5,7 +5,11 @@ cpu     1,000 images of CIFAR-10, a small ResNet: as much as two cores do in som
 paper   CIFAR-10, PreActResNet-18, 200 epochs, the published settings: weeks on a GPU, days on several
 
 An arm changes a few fields of its preset's base. Whatever it is held against is trained from the same weights, on the
-same images in the same order, so that differences are paired over seeds.
+same images in the same order, so that differences are paired over seeds; so another network, or another threat, is
+held against nothing, and AWP on top of it against that.
+
+RandomWP's gamma is none of AWP's: a standard deviation for each number, relative to its filter's norm, so that its v is
+much longer.
 
 Questions, and where they come from: Wu, Xia, Wang, NeurIPS 2020, arXiv 2004.05884 (methods with and without AWP, early
 stopping, gamma, K2 and A, L2, other regularisers, random weight perturbation); Rice, Wong, Kolter, ICML 2020, arXiv
@@ -98,10 +102,10 @@ def _neighbours(gamma: float) -> list[Arm]:
     return [Arm("at-robust-wp", NEIGHBOURS, "at", robust), Arm("at-random-wp", NEIGHBOURS, "at", random)]
 
 
-def _both(name: str, question: str, changes: Change, gamma: float) -> list[Arm]:
+def _both(name: str, question: str, changes: Change, gamma: float, against: str = "at") -> list[Arm]:
     """A change to AT, and AWP on top of it."""
     return [
-        Arm(f"at-{name}", question, "at", changes),
+        Arm(f"at-{name}", question, against, changes),
         Arm(f"at-awp-{name}", question, f"at-{name}", {**changes, "awp.gamma": gamma}),
     ]
 
@@ -149,10 +153,10 @@ SMALL = Preset(
         *_neighbours(0.005),
         *_gammas((0.002, 0.01, 0.02)),
         *_ascents(0.005, 5),
-        *_both("l2", L2, {"attack.norm": "L2", "attack.eps": 1.0, "attack.step_size": 0.25}, 0.005),
+        *_both("l2", L2, {"attack.norm": "L2", "attack.eps": 1.0, "attack.step_size": 0.25}, 0.005, ""),
         *_remedies(1e-5, 5e-3, 3)[:3],
         *_schedules(0.005),
-        *_both("mlp", NETWORK, {"model.name": "mlp", "model.width": 128}, 0.005),
+        *_both("mlp", NETWORK, {"model.name": "mlp", "model.width": 128}, 0.005, ""),
     ],
     plan=Plan(
         attacks=("clean", "pgd-20", "fast"),
@@ -181,11 +185,11 @@ CPU = Preset(
         *_neighbours(0.01),
         *_gammas((0.001, 0.003, 0.03)),
         *_remedies(5e-5, 5e-3, 14),
-        *_both("l2", L2, {"attack.norm": "L2", "attack.eps": 128 / 255, "attack.step_size": 15 / 255}, 0.01),
+        *_both("l2", L2, {"attack.norm": "L2", "attack.eps": 128 / 255, "attack.step_size": 15 / 255}, 0.01, ""),
         *_schedules(0.01),
         *_ascents(0.01, 5),
         *_both("wrn", NETWORK, {"model.name": "wide-resnet", "model.width": 0, "model.depth": 10,
-                                "model.widen_factor": 1}, 0.01),
+                                "model.widen_factor": 1}, 0.01, ""),
     ],
     plan=Plan(
         attacks=("clean", "pgd-20", "fast"),
@@ -206,10 +210,10 @@ PAPER = Preset(
         *_neighbours(0.01),
         *_gammas((0.001, 0.005, 0.02)),
         *_remedies(5e-6, 5e-3, 14),
-        *_both("l2", L2, {"attack.norm": "L2", "attack.eps": 128 / 255, "attack.step_size": 15 / 255}, 0.01),
+        *_both("l2", L2, {"attack.norm": "L2", "attack.eps": 128 / 255, "attack.step_size": 15 / 255}, 0.01, ""),
         *_schedules(0.01),
         *_ascents(0.01, 10),
-        *_both("vgg", NETWORK, {"model.name": "vgg19-bn"}, 0.01),
+        *_both("vgg", NETWORK, {"model.name": "vgg19-bn"}, 0.01, ""),
     ],
     plan=Plan(
         attacks=("clean", "pgd-20", "standard"),

@@ -12,9 +12,8 @@ Whatever is finished is kept, and what was interrupted goes on, a training from 
 
 from __future__ import annotations
 
-import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +28,7 @@ from saltflat.lab.gaps import robust_gap
 from saltflat.lab.landscapes import line
 from saltflat.lab.study import claims_page
 from saltflat.lab.study.arms import Arm, Plan
-from saltflat.lab.study.claims_results import grouped, read_results
+from saltflat.lab.study.claims_results import Result, grouped, read_results
 from saltflat.lab.study.table import plain
 from saltflat.lab.study.workers import Engine, side_by_side
 from saltflat.lab.subjects import from_run
@@ -49,20 +48,27 @@ class Entry:
     result: Path
 
 
-def entries(runs: Mapping[str, tuple[Arm, Train]], plan: Plan, out: Path) -> dict[str, Entry]:
-    """By name. BadInput for configs that cannot be, and for attacks that are none."""
-    found = {}
-    for name, (arm, config) in runs.items():
-        found[name] = Entry(arm, checked(config), plan, out / "runs" / name, out / "results" / f"{name}.json")
-        columns(plan.attacks, trained_against(config.attack))
-    return found
+def entry(arm: Arm, config: Train, plan: Plan, out: Path) -> Entry:
+    """BadInput for a config that cannot be, and for attacks that are none."""
+    config = checked(config)
+    columns(plan.attacks, trained_against(config.attack))
+    name = f"{arm.name}-seed{config.seed}"
+    return Entry(arm, config, plan, out / "runs" / name, out / "results" / f"{name}.json")
 
 
-def study(asked: Mapping[str, Entry], title: str, out: Path, engine: Engine) -> None:
-    """Train, measure, and write the page. All that can be seen to be wrong is found before anything is written."""
+def study(
+    asked: Mapping[str, Entry], expected: Callable[[str, int], Entry | None], title: str, out: Path, engine: Engine
+) -> None:
+    """Train, measure, and write the page, which shows what was found before as well.
+
+    All that can be seen to be wrong is found before anything is written. `expected`: what an arm by name, and a seed,
+    would be asked now, so that a page never shows together what was asked otherwise; None for no arm of the preset.
+    """
     began = time.perf_counter()
     record.check_folder("out", out)
-    missing = {name: entry for name, entry in asked.items() if _found(entry) is None}
+    for result in read_results(out / "results"):
+        _check_same(out, result, expected(result.arm, result.seed))
+    missing = {name: entry for name, entry in asked.items() if not entry.result.is_file()}
     trainings.check_free({entry.folder: entry.config for entry in missing.values()})
     for config in {repr((entry.config.data, entry.config.extra)): entry.config for entry in missing.values()}.values():
         trainings.check(config)
@@ -74,19 +80,24 @@ def study(asked: Mapping[str, Entry], title: str, out: Path, engine: Engine) -> 
     say(f"{len(asked)} runs in {time.perf_counter() - began:.0f} s; open {path} in a browser")
 
 
-def asked_of(entry: Entry) -> str:
-    """A digest of what decides a run's result: its config, and what is measured of it."""
-    decides = {"config": record.deciding(asdict(entry.config)), "plan": asdict(entry.plan)}
-    return record.digest(plain(decides))
+def _check_same(out: Path, there: Result, entry: Entry | None) -> None:
+    """BadInput for a result that is of another question: of no arm of this preset, or of other settings. What its
+    version did not know yet counts as having today's default.
+    """
+    where = f"out: {out / 'results'} holds {there.arm}, seed {there.seed},"
+    if entry is None:
+        raise BadInput(f"{where} which is no arm of this preset; choose another folder")
+    ours = {"config": record.deciding(asdict(entry.config)), "plan": asdict(entry.plan)}
+    usual = {"config": record.deciding(asdict(Train())), "plan": asdict(entry.plan)}
+    wanted, found = _leaves(plain(ours)), _leaves(plain(usual)) | _leaves({"config": there.config, "plan": there.plan})
+    if apart := [name for name in wanted if found.get(name) != wanted[name]]:
+        raise BadInput(f"{where} of other settings (see {apart[0]}); choose another folder, or delete the file")
 
 
-def _found(entry: Entry) -> dict[str, Any] | None:
-    """A result that is there; BadInput if it is of another question."""
-    if not entry.result.is_file():
-        return None
-    found = record.read_again(entry.result, ("asked", "arm", "seed"))
-    if found["asked"] != asked_of(entry):
-        raise BadInput(f"out: {entry.result} is of other settings; choose another folder, or delete the file")
+def _leaves(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in tree.items():
+        found |= _leaves(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
     return found
 
 
@@ -96,7 +107,6 @@ def _made(entry: Entry) -> dict[str, Any]:
     A training whose loss leaves the numbers is a result, too: it has a note, and nothing was measured.
     """
     found = {
-        "asked": asked_of(entry),
         "arm": entry.arm.name,
         "question": entry.arm.question,
         "against": entry.arm.against,
@@ -106,17 +116,18 @@ def _made(entry: Entry) -> dict[str, Any]:
     }
     try:
         trainings.made(entry.config, entry.folder)
-        found |= {"note": "", **_measured(entry)}
+        found["note"] = ""
     except FloatingPointError as error:
-        found |= {"note": f"training failed: {error}"}
-    found["environment"] = json.loads((entry.folder / "environment.json").read_text())
-    written = plain(found)
-    record.write_json(entry.result, written)
+        found["note"] = f"training failed: {error}"
+    if not found["note"]:
+        found |= _measured(entry)
+    found["environment"] = record.read_again(entry.folder / "environment.json")
+    record.write_json(entry.result, plain(found))
     return found
 
 
 def _measured(entry: Entry) -> dict[str, Any]:
-    epochs = [json.loads(text) for text in (entry.folder / "metrics.jsonl").read_text().splitlines()]
+    epochs = record.read_metrics(entry.folder)
     best = max(epoch["epoch"] for epoch in epochs if epoch["best"])
     found: dict[str, Any] = {"epochs": [_epoch(epoch) for epoch in epochs]}
     plan = entry.plan

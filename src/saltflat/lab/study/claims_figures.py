@@ -64,9 +64,7 @@ def _frame(axes: Axes, rows: int, strip: Strip) -> None:
     axes.tick_params(colors=MUTED, labelsize=SMALL, width=0.8, length=4)
     axes.set_yticks([])
     axes.xaxis.set_major_locator(MaxNLocator(nbins=5, symmetric=True))
-    axes.xaxis.set_major_formatter(
-        FuncFormatter(lambda value, _: f"{value + 0.0:+g}".replace("-", "−").replace("+0", "0") if value else "0")
-    )
+    axes.xaxis.set_major_formatter(FuncFormatter(_tick))
     for text, up, size, ink in ((strip.title, 22, TEXT, INK), (strip.under, 7, SMALL, MUTED)):
         axes.annotate(
             text, (0.5, 1.0), (0, up), "axes fraction", "offset points", ha="center", fontsize=size, color=ink
@@ -74,9 +72,7 @@ def _frame(axes: Axes, rows: int, strip: Strip) -> None:
 
 
 def _reach(of: Spread) -> float:
-    """How far from 0 a row's marks and interval go; an interval of two seeds, six times as wide as they lie apart, is
-    cut by the axis.
-    """
+    """How far from 0 a row's marks and interval go; that of two seeds, twelve times their distance, is cut."""
     values = [abs(value) for value in of.by_seed.values()]
     ends = [abs(end) for end in of.interval] if of.n > 2 else []
     return max([0.0, *values, *ends])

@@ -7,15 +7,18 @@ A record of the study holds the results of its runs, `results/*.json`; everythin
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 from saltflat.lab.report.markdown import as_markdown, on_white, shown
 from saltflat.lab.report.plates import Plate
 from saltflat.lab.study.arms import PRESETS
-from saltflat.lab.study.claims_plates import about, plates
+from saltflat.lab.study.claims_page import missing
+from saltflat.lab.study.claims_plates import MANY, plates, threats
 from saltflat.lab.study.claims_results import Group, grouped, read_results
 from saltflat.lab.study.claims_tables import NARROW, by_question, differences_table, reached_table
 from saltflat.lab.study.claims_words import headline
+from saltflat.lab.study.table import plain
 
 ORDER = list(dict.fromkeys(arm.name for preset in PRESETS.values() for arm in preset.arms))
 
@@ -31,7 +34,7 @@ def summary(record: Path, pictures: str = "", level: str = "###") -> str:
     for question, arms, some in by_question(groups):
         parts += [f"{level} {question}", as_markdown(reached_table(arms))]
         parts += [as_markdown(differences_table(some))] if some else []
-    notes = [f"- {run.arm}, seed {run.seed}: {run.note}" for group in groups for run in group.runs if run.note]
+    notes = [f"- {words}" for words in missing(groups)]
     return "\n\n".join([*parts, *(["\n".join(notes)] if notes else [])])
 
 
@@ -40,7 +43,7 @@ def brief(record: Path, pictures: str) -> str:
     groups = groups_of(record)
     first = [shown(_panels(name, plate), plate.caption, pictures) for name, _, plate in plates(groups)[:1]]
     _, arms, _ = by_question(groups)[0]
-    claims = "\n".join(f"- {one.claim}" for one in headline(groups))
+    claims = "\n".join(f"- {words}" for words in (*(one.claim for one in headline(groups)), so_far(groups)) if words)
     return "\n\n".join([*first, claims, as_markdown(reached_table(arms, NARROW))])
 
 
@@ -56,8 +59,18 @@ def groups_of(record: Path) -> list[Group]:
 
 def sentences(groups: Sequence[Group]) -> str:
     lines = [f"- {one.claim} {one.evidence}".rstrip() for one in headline(groups)]
-    measured = next((run for group in groups for run in group.runs if run.last), None)
-    return "\n".join([*lines, *([f"- {about(measured)}"] if measured else [])])
+    return "\n".join([*lines, *(f"- {words}" for words in (so_far(groups), threats(groups), MANY) if words)])
+
+
+def so_far(groups: Sequence[Group]) -> str:
+    """What is not there yet, of the preset whose plan was followed."""
+    runs = [run for group in groups for run in group.runs]
+    for preset in PRESETS.values():
+        if runs and plain(asdict(preset.plan)) == runs[0].plan:
+            absent = [arm.name for arm in preset.arms if arm.name not in {group.arm for group in groups}]
+            done = len(preset.arms) - len(absent)
+            return f"{done} of {len(preset.arms)} arms so far; not trained yet: {', '.join(absent)}." if absent else ""
+    return ""
 
 
 def _panels(name: str, plate: Plate) -> dict[str, str]:

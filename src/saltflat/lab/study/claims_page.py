@@ -16,7 +16,7 @@ from saltflat.lab.report.rows import flattened
 from saltflat.lab.report.statistics import differing
 from saltflat.lab.study.claims_plates import about, plates
 from saltflat.lab.study.claims_results import Group
-from saltflat.lab.study.claims_tables import by_question, differences_table, reached_table
+from saltflat.lab.study.claims_tables import by_question, columns, differences_table, reached_table
 from saltflat.lab.study.claims_words import headline
 
 TEMPLATE = Path(__file__).with_name("claims.html.j2")
@@ -46,10 +46,29 @@ def render(groups: Sequence[Group], title: str) -> str:
                 for question, arms, some in by_question(groups)
             ],
             settings=settings(groups),
-            missing=[f"{run.arm}, seed {run.seed}: {run.note}" for run in runs if run.note],
+            missing=missing(groups),
             variables=VARIABLES,
         )
     )
+
+
+def missing(groups: Sequence[Group]) -> list[str]:
+    """Runs without numbers, seeds that others have, and numbers that are not finite."""
+    runs = [run for group in groups for run in group.runs]
+    seeds = sorted({run.seed for run in runs})
+    absent = [
+        f"{group.arm}, seed {seed}: not trained"
+        for group in groups
+        for seed in seeds
+        if seed not in {run.seed for run in group.runs}
+    ]
+    holes = [
+        f"{run.arm}, seed {run.seed}: no {column.text}"
+        for run in runs
+        for column, quantity, _ in columns(run)
+        if not run.note and quantity(run) is None
+    ]
+    return [f"{run.arm}, seed {run.seed}: {run.note}" for run in runs if run.note] + absent + holes
 
 
 def settings(groups: Sequence[Group]) -> list[tuple[str, str]]:

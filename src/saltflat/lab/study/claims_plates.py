@@ -17,6 +17,10 @@ from saltflat.lab.study.claims_figures import Strip, dose, forest
 from saltflat.lab.study.claims_results import Group, Pair, Result, drop, flatness, gap, losses, rise, robust
 from saltflat.lab.study.claims_words import interval, with_awp
 
+MANY = (
+    "Intervals are over seeds alone, which all have the same images. Where nothing differed, one in twenty would still "
+    "leave out 0, and those that share a baseline err together."
+)
 METHODS = 6  # groups in one figure of landscapes, at most: as many as there are colours
 
 
@@ -39,7 +43,7 @@ def claim_plate(groups: Sequence[Group]) -> Plate | None:
         [_named(pair) for pair in some],
         strips,
         title="What AWP changes: with AWP − without",
-        note=f"{attack(first)} · {images(first)} · {_seeds(some)}, paired · bars: Student's 95 % intervals",
+        note=f"PGD-{first.plan['gap']['steps']} · {images(first)} · {_seeds(some)}, paired · bars: 95 % intervals",
         identity="claim",
         description=f"Difference with AWP minus without, in points, with 95 % intervals. {words}.",
     )
@@ -47,7 +51,7 @@ def claim_plate(groups: Sequence[Group]) -> Plate | None:
         (Markup(drawn),),
         "A row for every pair of arms that differ in AWP alone. Dot: mean difference over seeds; bar: Student's 95 % "
         "interval of that mean; small marks: the single seeds. The paper claims that AWP lowers the gap and the drop: "
-        f"left of 0 in the first two columns. {about(first)}",
+        f"left of 0 in the first two columns. {MANY} {threats(groups)}",
     )
 
 
@@ -61,13 +65,12 @@ def curves_plate(groups: Sequence[Group]) -> Plate | None:
         learning_curves(one, among=curves, identity=f"claim-curves-{i}", description=_curve_words(one))
         for i, one in enumerate(curves)
     ]
-    steps = next(run for run in shown[0].runs if run.epochs).plan
     return Plate(
         tuple(Markup(panel.svg) for panel in panels),
         "Accuracy against epoch, as measured in training by a short attack on a few images; thick: mean over seeds, "
         "thin: each seed. Solid: robust accuracy on test. Dashed: robust accuracy on training images. The shaded area "
         "between them is the robust generalisation gap. Dotted: clean accuracy on test. A dot marks the best epoch of "
-        f"a seed, chosen on validation. The final numbers are of PGD-{steps['gap']['steps']}.",
+        f"a seed, chosen on validation. The final numbers are of PGD-{shown[0].runs[0].plan['gap']['steps']}.",
     )
 
 
@@ -115,7 +118,7 @@ def dose_plate(groups: Sequence[Group]) -> Plate | None:
             [arm.spread(quantity) for arm in arms],
             plain.spread(quantity),
             title=name,
-            note=f"mean and 95 % interval · {counted(len(plain.runs), 'seed')} · line: AT",
+            note=f"mean and 95 % interval · {counted(plain.spread(quantity).n, 'seed')} · line: AT",
             series=place,
             identity=f"claim-dose-{place}",
             description=f"{name} against gamma: "
@@ -123,7 +126,11 @@ def dose_plate(groups: Sequence[Group]) -> Plate | None:
             + f"; without AWP: {decimal(plain.spread(quantity).mean)}.",
         )
         panels.append(Markup(drawn))
-    return Plate(tuple(panels), "Against the size gamma of AT-AWP's perturbation. " + about(plain.runs[0]))
+    return Plate(
+        tuple(panels),
+        "Against the size gamma of AT-AWP's perturbation; dashed, with its interval as a band: AT without it. The gap "
+        f"and the accuracy are of {about(plain.runs[0])} Flatness is on training images.",
+    )
 
 
 def plates(groups: Sequence[Group]) -> list[tuple[str, str, Plate]]:
@@ -155,7 +162,18 @@ def images(of: Result) -> str:
 
 def about(of: Result) -> str:
     """How the numbers of a run were measured."""
-    return f"Attack: {attack(of)}; {images(of)}; at w, in eval mode, without augmentation."
+    return f"{attack(of)}; {images(of)}; at w, in eval mode, without augmentation."
+
+
+def threats(groups: Sequence[Group]) -> str:
+    """How the numbers of all runs were measured: the first threat, and each other with the arms that face it."""
+    found: dict[str, list[str]] = {}
+    for group in groups:
+        for words in {about(run) for run in group.runs if run.last}:
+            found.setdefault(words, []).append(group.arm)
+    (usual, _), *others = found.items() or [("", [])]
+    more = [f"{', '.join(arms)}: {words}" for words, arms in others]
+    return " ".join([f"Attack: {usual}", *more]) if usual else ""
 
 
 def _both(some: Sequence[Pair]) -> list[Group]:

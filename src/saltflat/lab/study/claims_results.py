@@ -46,7 +46,6 @@ class Result:
     last: Mapping[str, Any] = field(default_factory=dict)
     flatness: Mapping[str, Any] = field(default_factory=dict)
     landscape: Mapping[str, Any] = field(default_factory=dict)
-    asked: str = ""
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,7 +78,7 @@ class Pair:
         """Whether AWP is all that the arm has more."""
         arm, against = (dict(group.runs[0].config) for group in (self.arm, self.against))
         (ours, theirs), names = (of.pop("awp") for of in (arm, against)), ("recipe", "seed")
-        same = all(arm[name] == against[name] for name in arm if name not in names)
+        same = all(arm.get(name) == against.get(name) for name in {*arm, *against}.difference(names))
         return bool(same and theirs["gamma"] == 0 and ours["gamma"] > 0 and ours["method"] == "awp")
 
 
@@ -123,7 +122,7 @@ def clean(checkpoint: str) -> Quantity:
 
 def attacked(checkpoint: str) -> Quantity:
     """What the last, strongest, of the plan's attacks leaves, %, on its own number of test images."""
-    return lambda of: 100 * rows[-1]["accuracy"] if (rows := _rows(getattr(of, checkpoint))) else None
+    return lambda of: _percent(rows[-1], "accuracy") if (rows := _rows(getattr(of, checkpoint))) else None
 
 
 def robust_train(of: Result) -> float | None:

@@ -26,7 +26,7 @@ from saltflat.lab.study.claims_results import (
 )
 
 SEEDS = Column("n", "seeds", "seeds")
-NARROW = (1, 2, 3, 6, 8)  # of the columns: clean at last, robust at best and at last, drop, gap
+NARROW = (1, 2, 3, 5, 6, 8)  # of the columns: clean at last, robust at best and at last, strongest, drop, gap
 
 
 def columns(of: Result) -> list[tuple[Column, Quantity, int]]:

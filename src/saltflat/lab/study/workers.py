@@ -64,6 +64,8 @@ def side_by_side(
     """
     found: dict[str, Result] = {}
     futures: dict[str, Awaited[Outcome[Result]]] = {}
+    if given:
+        say(f"{len(given)} to be done, side by side; what they print meanwhile is in {logs}")
     with _marked(logs) as home, progress() as bar:
         task = bar.add_task("study", total=len(given))
         try:
@@ -78,9 +80,11 @@ def side_by_side(
                     bar.advance(task)
                     say(f"{len(found):3}/{len(given)}  {name}: {said(found[name])}")
                 time.sleep(HEARTBEAT if len(found) < len(given) else 0.0)
-        except BaseException:
+        except BaseException as error:
             for future in futures.values():
                 future.cancel()
+            if isinstance(error, KeyboardInterrupt):
+                say("interrupted; the same command goes on from what is there")
             raise
     return {name: found[name] for name in given}
 
