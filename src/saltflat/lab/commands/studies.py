@@ -210,7 +210,7 @@ def claims(
     --extra-path ti_500K_pseudo_labeled.pickle`.
 
     Args:
-        preset: small, the bundled digits, an hour on two cores; cpu, 1,000 images of CIFAR-10 and a small network, some
+        preset: small, the bundled digits, half an hour or so on two cores; cpu, 1,000 images of CIFAR-10 and a small network, some
             hours; paper, CIFAR-10, PreActResNet-18 and 200 epochs, on a GPU.
         arms: which trainings, by name, and what they are held against; default all.
         seeds: trainings of each.
