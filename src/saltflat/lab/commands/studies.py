@@ -210,8 +210,8 @@ def claims(
     --extra-path ti_500K_pseudo_labeled.pickle`.
 
     Args:
-        preset: small, the bundled digits, half an hour or so on two cores; cpu, 1,000 images of CIFAR-10 and a small network, some
-            hours; paper, CIFAR-10, PreActResNet-18 and 200 epochs, on a GPU.
+        preset: small, the bundled digits, half an hour or so on two cores; cpu, 1,000 images of CIFAR-10 and a small
+            network, some hours; paper, CIFAR-10, PreActResNet-18 and 200 epochs, on a GPU.
         arms: which trainings, by name, and what they are held against; default all.
         seeds: trainings of each.
         set: FIELD=VALUE, changes to all of them, such as data.path=cifar-10-python.tar.gz.
