@@ -123,7 +123,7 @@ def cutout(images: Tensor, *, side: int, generator: torch.Generator) -> Tensor:
     Raises ValueError for images of another rank, and for a negative side.
 
     >>> cutout(torch.ones(1, 1, 1, 5), side=3, generator=torch.Generator().manual_seed(0))
-    tensor([[[[1., 1., 0., 0., 0.]]]])
+    tensor([[[[1., 1., 1., 0., 0.]]]])
     """
     _check_shape(images)
     if side < 0:
