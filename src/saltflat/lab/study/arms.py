@@ -1,8 +1,8 @@
 """Which trainings the study of the paper's claims compares: arms, each with what it is held against, by preset.
 
-small   the bundled digits, a small CNN, minutes on a CPU
+small   the bundled digits, a small CNN, half an hour or so on two cores
 cpu     1,000 images of CIFAR-10, a small ResNet: as much as two cores do in some hours, and enough to overfit
-paper   CIFAR-10, PreActResNet-18, 200 epochs, the published settings: weeks on a GPU, days on several
+paper   CIFAR-10, PreActResNet-18, 200 epochs, the published settings: for GPUs; it was not run
 
 An arm changes a few fields of its preset's base. Whatever it is held against is trained from the same weights, on the
 same images in the same order, so that differences are paired over seeds; so another network, or another threat, is

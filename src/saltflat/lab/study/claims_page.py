@@ -14,7 +14,7 @@ from saltflat.lab.report.notation import counted
 from saltflat.lab.report.page import templates
 from saltflat.lab.report.rows import flattened
 from saltflat.lab.report.statistics import differing
-from saltflat.lab.study.claims_plates import about, plates
+from saltflat.lab.study.claims_plates import plates, threats
 from saltflat.lab.study.claims_results import Group
 from saltflat.lab.study.claims_tables import by_question, columns, differences_table, reached_table
 from saltflat.lab.study.claims_words import headline
@@ -77,7 +77,6 @@ def settings(groups: Sequence[Group]) -> list[tuple[str, str]]:
     rows = [flattened(dict(run.config)) for run in runs]
     apart = differing(rows)
     common = [(key, value) for key, value in rows[0].items() if key not in apart] if rows else []
-    measured = next((run for run in runs if run.last), None)
-    how = [("measured", about(measured))] if measured else []
+    how = [("measured", words)] if (words := threats(groups)) else []
     versions = sorted({f"torch {run.environment.get('torch')}, {run.environment.get('processor')}" for run in runs})
     return [*how, ("machines", "; ".join(versions)), *common]
