@@ -91,6 +91,13 @@ def test_every_recipe_is_listed(capsys):
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == list(RECIPES)
 
 
+def test_recipes_are_listed_by_parts_of_their_names(capsys):
+    run("recipes", "cifar10", "trades")
+    listed = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
+    assert listed == [name for name in RECIPES if "cifar10" in name and "trades" in name]
+    assert listed
+
+
 def encoded(image):
     buffer = io.BytesIO()
     image.save(buffer, format="TIFF" if image.mode == "F" else "PNG")
@@ -120,6 +127,7 @@ def bad_inputs(folder: Path) -> dict[str, tuple[list[str], str]]:
     data = [*train, "--data.validation-examples", "1", "--data.name"]
     return {
         "unknown command": (["trian"], "trian"),
+        "no such recipes": (["recipes", "imagenet"], "words: expected parts of a recipe's name"),
         "unknown recipe": (["train", "att"], "got 'att'; perhaps you meant at"),
         "no recipe but its adversary": (
             ["train", "awp"],
@@ -189,6 +197,7 @@ def bad_inputs(folder: Path) -> dict[str, tuple[list[str], str]]:
 
 NAMES = [
     "unknown command",
+    "no such recipes",
     "unknown recipe",
     "no recipe but its adversary",
     "no recipe",

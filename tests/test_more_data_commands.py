@@ -334,3 +334,22 @@ def test_what_a_network_was_trained_on_is_what_it_can_be_evaluated_on(trained, t
     run(*command, "--mean", "0.3", "--std", "0.38", "--eps", "0.1", "--attacks", "clean", "--out", out)
     (summary,) = (json.loads(path.read_text()) for path in (out / "outcomes").glob("*.json"))
     assert (summary["split"], summary["n"]) == ("test", 40)
+
+
+def test_what_was_chosen_for_the_digits_is_named_where_the_data_are_others(tmp_path, capsys):
+    mine = digits()
+    arrays = {
+        f"{kind}_{split}": getattr(getattr(mine, split), of).numpy()
+        for split in ("train", "test")
+        for kind, of in (("x", "images"), ("y", "labels"))
+    }
+    np.savez(tmp_path / "mine.npz", **arrays)
+    words = ["--data.name", "npz", "--data.path", tmp_path / "mine.npz", "--attack.eps", "0.1"]
+    run("train", "at", *QUICK, *words, "--out", tmp_path / "run")
+    (note,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("note: "))
+    assert note.startswith("note: chosen for the digits, and not changed with the data: ")
+    assert "model.mean 0.3" in note
+    assert "attack.eps" not in note
+
+    run("train", "at", *QUICK, "--out", tmp_path / "digits")
+    assert "note:" not in capsys.readouterr().out

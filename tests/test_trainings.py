@@ -16,6 +16,7 @@ from commands import QUICK, run
 from safetensors.torch import load_file
 
 from saltflat.lab import build, checkpoints, record, trainings
+from saltflat.lab.signals import SIGNALS
 from saltflat.train import Stepped
 
 RECIPE = ("train", "at-awp", *QUICK, "--optimizer.average", "0.9")
@@ -69,10 +70,10 @@ def steps(folder):
 
 @pytest.mark.parametrize(("at", "name"), [(1, "SIGTERM"), (2, "SIGUSR1"), (3, "SIGTERM"), (4, "SIGUSR1")])
 def test_a_signal_saves_the_step_and_leaves_with_a_code_of_its_own(at, name, whole, tmp_path, monkeypatch, capsys):
-    before = [signal.getsignal(getattr(signal, name)) for name in trainings.SIGNALS]
+    before = [signal.getsignal(getattr(signal, name)) for name in SIGNALS]
     folder = tmp_path / "run"
     stopped(monkeypatch, folder, at, name)
-    assert [signal.getsignal(getattr(signal, name)) for name in trainings.SIGNALS] == before
+    assert [signal.getsignal(getattr(signal, name)) for name in SIGNALS] == before
     printed = capsys.readouterr()
     assert f"told to stop, and saved at step {at}; go on with: saltflat train --resume {folder}" in printed.out
     assert printed.err == ""

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import working
 
+from saltflat.lab.config import Interrupted
 from saltflat.lab.study.workers import processes, side_by_side
 
 
@@ -45,8 +46,17 @@ def test_a_worker_that_is_killed_is_one_line(tmp_path):
             side_by_side(working.killed, {"a": 0}, pool, tmp_path, str)
 
 
+def test_a_study_that_is_told_to_stop_says_how_to_go_on(tmp_path, capsys):
+    before, began = signal.getsignal(signal.SIGTERM), time.monotonic()
+    with pytest.raises(Interrupted), processes(1) as pool:
+        side_by_side(working.telling, {"a": 0, "b": 1}, pool, tmp_path, str)
+    assert "told to stop; the same command goes on from what is there" in capsys.readouterr().out
+    assert time.monotonic() - began < 40
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("by", [signal.SIGKILL, signal.SIGINT])
+@pytest.mark.parametrize("by", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
 def test_without_the_study_nobody_works_on(tmp_path, by):
     script = (
         "import working; from pathlib import Path; from saltflat.lab.study.workers import processes, side_by_side\n"

@@ -20,12 +20,13 @@ import tyro
 
 from saltflat import __version__
 from saltflat.lab.commands import making, measuring, studies
-from saltflat.lab.commands.frame import Job, app, study_app
+from saltflat.lab.commands.frame import NAMED, Job, app, study_app
 from saltflat.lab.config import BadInput, Interrupted, one_line, told
 from saltflat.lab.recipes import RECIPES
 
 KNOWN = (making, measuring, studies)  # a command is known once its file is imported, and in this order
 SHARED = ("train", "evaluate", "landscape", "flatness")  # what many processes do together
+HELP = frozenset({"--help", "-h"})
 MARKERS = (tyro.conf.OmitSubcommandPrefixes, tyro.conf.AvoidSubcommands, tyro.conf.CascadeSubcommandArgs)
 
 
@@ -40,14 +41,12 @@ def parsed(arguments: Sequence[str]) -> Job:
         _check_recipe(words[1])
     columns = os.environ.get("COLUMNS")
     try:
-        if "--help" not in words and "-h" not in words:
+        if not HELP.intersection(words):
             os.environ["COLUMNS"] = "1000"  # tyro wraps what it complains of to the terminal
         with contextlib.redirect_stderr(complaint):
             if going_on:
                 return tyro.cli(making.resume, args=words[1:], prog="saltflat train", config=MARKERS)
-            of, start = (study_app, "saltflat study") if words[0] == "study" else (app, "saltflat")
-            job: Job = of.cli(args=words[of is study_app :], prog=start, config=MARKERS)
-            return job
+            return _asked_for(words)
     except SystemExit as stop:
         if not stop.code:
             raise
@@ -56,6 +55,21 @@ def parsed(arguments: Sequence[str]) -> Job:
         os.environ.pop("COLUMNS", None)
         if columns is not None:
             os.environ["COLUMNS"] = columns
+
+
+def _asked_for(words: list[str]) -> Job:
+    """By a parser that knows no more than it must: of an option that it does not know, tyro looks for what else it may
+    have been through all commands, 90 recipes among them, for seconds.
+    """
+    study = words[0] == "study"
+    of, start = (study_app, "saltflat study") if study else (app, "saltflat")
+    if not HELP.intersection(words):
+        if words[0] == "train" and words[1:] and words[1] in RECIPES:
+            so = making.train_by(words[1])
+            return tyro.cli(so, args=words[2:], prog=f"saltflat train {words[1]}", config=MARKERS)
+        of = NAMED.get(" ".join(words[: 1 + study]), of)
+    job: Job = of.cli(args=words[study:], prog=start, config=MARKERS)
+    return job
 
 
 def _check_recipe(name: str) -> None:

@@ -364,3 +364,28 @@ def described(config: Train) -> str:
     way = "".join(f", {words}" for words in ways if words)
     quirks = ", as the official script does it" if config.recipe.endswith("-official") else ""
     return f"{method}{awp}{way} on {data}, {config.model.name}, {config.optimizer.epochs} epochs{quirks}."
+
+
+def for_digits(config: Train) -> list[str]:
+    """The fields, with their values, that were chosen for the bundled digits and still stand while the data are others.
+
+    >>> for_digits(replace(RECIPES["at"], data=Data("npz", examples=0)))
+    ['attack.eps 0.15', 'attack.step_size 0.0375', 'model.mean 0.3', 'model.std 0.38']
+    >>> for_digits(RECIPES["at"])
+    []
+    """
+    recipe = RECIPES.get(config.recipe)
+    if recipe is None or recipe.data.name != "digits" or config.data.name == "digits":
+        return []
+    chosen: list[tuple[str, float | tuple[float, ...], float | tuple[float, ...]]] = [
+        ("attack.eps", recipe.attack.eps, config.attack.eps),
+        ("attack.step_size", recipe.attack.step_size, config.attack.step_size),
+        ("data.examples", recipe.data.examples, config.data.examples),
+        ("model.mean", recipe.model.mean, config.model.mean),
+        ("model.std", recipe.model.std, config.model.std),
+    ]
+    return [f"{name} {_number(value)}" for name, value, now in chosen if value and now == value]
+
+
+def _number(value: float | tuple[float, ...]) -> str:
+    return " ".join(map(str, value)) if isinstance(value, tuple) else f"{value:g}"

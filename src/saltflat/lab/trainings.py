@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -30,11 +28,12 @@ from saltflat.lab.climbing import check_compiles
 from saltflat.lab.config import BadInput, Interrupted, Train, checked
 from saltflat.lab.console import progress, say
 from saltflat.lab.precision import exact, resolved
+from saltflat.lab.recipes import for_digits
+from saltflat.lab.signals import told_to_stop
 from saltflat.lab.threat import trained_against
 from saltflat.random import derived_seed
 from saltflat.train import Diverged, Epoch, Stepped, fit
 
-SIGNALS = ("SIGTERM", "SIGUSR1")  # of whoever needs the machine: save, and leave
 FELL = "robust accuracy on training images fell by more than 20 points"
 
 
@@ -337,6 +336,8 @@ def _train(ready: Ready, out: Path, state: dict[str, Any] | None) -> None:
     )
     if parallel.ranks() > 1 or config.optimizer.accumulate > 1:
         say(_batches_in_words(config))
+    if still := for_digits(config):
+        say(f"note: chosen for the digits, and not changed with the data: {', '.join(still)}")
     began, metrics = time.perf_counter(), [] if state is None else list(state["metrics"])
     steps, whole = 0 if state is None else state["step"], {"config": _identity(ready), "metrics": metrics}
     spread, saved, last = _spread(ready), time.monotonic(), None
@@ -352,7 +353,7 @@ def _train(ready: Ready, out: Path, state: dict[str, Any] | None) -> None:
     )
     del state
     try:
-        with progress() as bar, _told_to_stop() as told:
+        with progress() as bar, told_to_stop(one_of_many=parallel.ranks() > 1) as told:
             task = bar.add_task("training", total=None)
             for event in events:
                 if not isinstance(event, Epoch):
@@ -397,30 +398,6 @@ def _batches_in_words(config: Train) -> str:
         f"batches of {of.batch_size}: {each}{parts}; learning rate {of.learning_rate:g}, which is for the whole batch: "
         "it does not grow with the number of processes"
     )
-
-
-@contextmanager
-def _told_to_stop() -> Iterator[list[str]]:
-    """Signals that arrive inside, by name, in place of what they would do. In the main thread alone. Of many processes,
-    one that fails deafens itself: it is about to end, and says why before torchrun's SIGTERM can make it.
-    """
-    told: list[str] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield told
-        return
-    known = [getattr(signal, name) for name in SIGNALS if hasattr(signal, name)]
-    before = {
-        number: signal.signal(number, lambda number, _: told.append(signal.Signals(number).name)) for number in known
-    }
-    try:
-        yield told
-    except Exception:
-        if parallel.ranks() > 1:
-            before = dict.fromkeys(before, signal.SIG_IGN)
-        raise
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _save(out: Path, state: dict[str, Any]) -> None:

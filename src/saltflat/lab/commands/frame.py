@@ -26,6 +26,7 @@ Seeds = Annotated[Count, Field(le=1000)]
 Split = Literal["test", "train", "validation"]
 
 app, study_app = tyro.extras.SubcommandApp(), tyro.extras.SubcommandApp()
+NAMED: dict[str, tyro.extras.SubcommandApp] = {}  # each alone, by what a person types: `evaluate`, `study gap`
 
 
 def command(function: Callable[..., Job], of: tyro.extras.SubcommandApp = app) -> Callable[..., Job]:
@@ -40,6 +41,8 @@ def command(function: Callable[..., Job], of: tyro.extras.SubcommandApp = app) -
             raise refusal(error) from None
 
     of.command(call)
+    alone = NAMED[f"study {function.__name__}" if of is study_app else function.__name__] = tyro.extras.SubcommandApp()
+    alone.command(call)
     return call
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
 from saltflat.lab.commands.frame import Executor, Folder, Job, RunOrCheckpoint, Seeds, app, command
-from saltflat.lab.config import Count, CountOrZero, Train, checked
+from saltflat.lab.config import BadInput, Count, CountOrZero, Train, checked
 from saltflat.lab.recipes import RECIPES, described
 
 if TYPE_CHECKING:
@@ -46,12 +47,21 @@ def demo(
 
 
 @command
-def recipes() -> Job:
-    """List the named recipes."""
+def recipes(
+    words: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="[WORD ...]")] = (),
+) -> Job:
+    """List the named recipes.
+
+    Args:
+        words: only those with all of these in their names: `saltflat recipes cifar10 trades`.
+    """
+    found = {name: config for name, config in RECIPES.items() if all(word in name for word in words)}
+    if not found:
+        raise BadInput(f"words: expected parts of a recipe's name, such as cifar10 or trades, got {' '.join(words)!r}")
 
     def job() -> None:
-        width = max(map(len, RECIPES))
-        for name, config in RECIPES.items():
+        width = max(map(len, found))
+        for name, config in found.items():
             print(f"{name:{width}}  {described(config)}")
 
     return job
@@ -97,6 +107,17 @@ def train(recipe: Recipe, out: Folder | None = None, go_on: bool = False) -> Job
         start(config, out or Path("runs") / f"{config.recipe}-seed{config.seed}")
 
     return job
+
+
+def train_by(name: str) -> Callable[..., Job]:
+    """`train` by this recipe alone."""
+
+    def train_so(
+        recipe: Annotated[Train, tyro.conf.arg(name="")] = RECIPES[name], out: Folder | None = None, go_on: bool = False
+    ) -> Job:
+        return train(recipe, out, go_on)
+
+    return train_so
 
 
 def resume(resume: Folder) -> Job:

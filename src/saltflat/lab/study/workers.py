@@ -24,8 +24,9 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar, cast
 
-from saltflat.lab.config import BadInput
+from saltflat.lab.config import BadInput, Interrupted
 from saltflat.lab.console import progress, say
+from saltflat.lab.signals import told_to_stop
 
 Given = TypeVar("Given")
 Result = TypeVar("Result")
@@ -59,20 +60,23 @@ def side_by_side(
 ) -> dict[str, Result]:
     """work(given) for each, by name, in the order of `given`; what workers print goes to LOGS/NAME.log.
 
-    Whatever one of them raises is raised here, and so is Ctrl-C; what has not begun is cancelled then. Nothing that is
-    finished is lost. OSError if a worker is gone, or does not see the study's folder.
+    Whatever one of them raises is raised here, and so is Ctrl-C, and Interrupted when SIGTERM or SIGUSR1 arrives; what
+    has not begun is cancelled then. Nothing that is finished is lost. OSError if a worker is gone, or does not see the
+    study's folder.
     """
     found: dict[str, Result] = {}
     futures: dict[str, Awaited[Outcome[Result]]] = {}
     if given:
         say(f"{len(given)} to be done, side by side; what they print meanwhile is in {logs}")
-    with _marked(logs) as home, progress() as bar:
+    with _marked(logs) as home, progress() as bar, told_to_stop() as told:
         task = bar.add_task("study", total=len(given))
         try:
             for name, each in given.items():
                 with _one_line_if_gone(name):
                     futures[name] = executor.submit(_worked, work, each, home, name)
             while len(found) < len(given):
+                if told:  # before a worker is missed that was told as well
+                    raise Interrupted
                 for name in [name for name, future in futures.items() if name not in found and future.done()]:
                     with _one_line_if_gone(name):
                         outcome = futures[name].result()
@@ -83,8 +87,8 @@ def side_by_side(
         except BaseException as error:
             for future in futures.values():
                 future.cancel()
-            if isinstance(error, KeyboardInterrupt):
-                say("interrupted; the same command goes on from what is there")
+            if isinstance(error, KeyboardInterrupt | Interrupted):
+                say(f"{'told to stop' if told else 'interrupted'}; the same command goes on from what is there")
             raise
     return {name: found[name] for name in given}
 
