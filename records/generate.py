@@ -91,8 +91,8 @@ def figures(record: Path) -> dict[str, str]:
 
 
 def runs_of(record: Path) -> list[Path]:
-    """The run folders of a record."""
-    return sorted((record / "runs").iterdir())
+    """The run folders of a record: by recipe, the plain one before those that are named after it, then by seed."""
+    return sorted((record / "runs").iterdir(), key=lambda run: run.name.rpartition("-"))
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 from run_folders import groups_in, plain, synthetic_run, two_groups
@@ -79,6 +80,38 @@ def test_groups_without_a_common_seed_are_not_compared(tmp_path: Path) -> None:
     folders = [synthetic_run(tmp_path / "a", recipe="a", seed=0), synthetic_run(tmp_path / "b", recipe="b", seed=1)]
     gap, _ = sentences(folders)
     assert gap.endswith("the two share no seed, so nothing is compared.")
+
+
+def stopped(folder: Path, epoch: int, **of: Any) -> Path:
+    """A run that was interrupted after that epoch."""
+    metrics = synthetic_run(folder, **of) / "metrics.jsonl"
+    metrics.write_text("".join(metrics.read_text().splitlines(keepends=True)[:epoch]))
+    return folder
+
+
+def test_what_has_not_finished_is_said_before_anything_is_compared(tmp_path: Path) -> None:
+    both = [stopped(tmp_path / "a", 4, recipe="a"), stopped(tmp_path / "b", 4, recipe="b")]
+    first, gap, _ = sentences(both)
+    assert first == "Training has not finished: a at epoch 4 of 6, b at epoch 4 of 6."
+    assert gap.startswith("The robust generalisation gap of b")
+
+    first, _, _ = sentences([both[0], synthetic_run(tmp_path / "c", recipe="c")])
+    assert first.startswith("Training has not finished: a at epoch 4 of 6, c at epoch 6. Numbers of different epochs")
+
+
+def test_groups_that_end_apart_are_told_apart(tmp_path: Path) -> None:
+    first, _, _ = sentences(
+        [synthetic_run(tmp_path / "a", recipe="a"), synthetic_run(tmp_path / "b", recipe="b", epochs=8)]
+    )
+    assert first == (
+        "Training ended at different epochs: a at epoch 6, b at epoch 8. "
+        "Numbers of different epochs stand side by side below."
+    )
+
+
+def test_epochs_that_are_not_on_record_are_not_missed(tmp_path: Path) -> None:
+    folder = synthetic_run(tmp_path / "a", config={"optimizer": {"epochs": "many"}})
+    assert "not finished" not in " ".join(sentences([folder]))
 
 
 def test_one_group_is_described_and_three_are_not_compared(tmp_path: Path) -> None:

@@ -114,6 +114,12 @@ def panel(
     return figure, axes
 
 
+def line(figure: Figure, text: str, down: float, *, size: float, ink: str, weight: str = "normal") -> None:
+    """Text at the left edge, its base line so many pixels below the top."""
+    width, height = figure.get_size_inches() * 72
+    figure.text(4 / width, 1 - down / height, shortened(text, 200), fontsize=size, fontweight=weight, color=ink)
+
+
 def legend(axes: Axes, handles: list[Line2D], texts: list[str]) -> None:
     """One entry a row, between the note and the axes."""
     drawn = axes.legend(

@@ -32,6 +32,12 @@ class Group:
         return max(run.reached for run in self.runs)
 
     @property
+    def planned_epochs(self) -> int:
+        """How many epochs were asked for, 0 if that is not on record."""
+        planned = self.runs[0].config.get("optimizer.epochs", "")
+        return int(planned) if planned.isdecimal() else 0
+
+    @property
     def finished(self) -> tuple[Run, ...]:
         """The runs that came as far as the group's longest: numbers from different epochs are never averaged."""
         return tuple(run for run in self.runs if run.reached == self.last_epoch)

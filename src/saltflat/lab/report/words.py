@@ -36,7 +36,28 @@ class Sentence:
 
 
 def headline(groups: Sequence[Group]) -> list[Sentence]:
-    """What the numbers at the last epoch say: two groups are compared seed by seed, more or fewer are described."""
+    """What the numbers at the last epoch say: two groups are compared seed by seed, more or fewer are described. That
+    these last epochs are not those that were asked for, or differ, is said before anything else.
+    """
+    return [*_stages(groups), *_findings(groups)]
+
+
+def _stages(groups: Sequence[Group]) -> list[Sentence]:
+    apart = len({group.last_epoch for group in measured(groups)}) > 1
+    unfinished = any(group.last_epoch < group.planned_epochs for group in measured(groups))
+    if not apart and not unfinished:
+        return []
+    ends = [
+        f"{group.name} at epoch {group.last_epoch}"
+        + (f" of {group.planned_epochs}" if group.last_epoch < group.planned_epochs else "")
+        for group in measured(groups)
+    ]
+    stage = "Training has not finished" if unfinished else "Training ended at different epochs"
+    caution = " Numbers of different epochs stand side by side below." if apart else ""
+    return [Sentence(f"{stage}: {', '.join(ends)}.{caution}")]
+
+
+def _findings(groups: Sequence[Group]) -> list[Sentence]:
     if len(groups) == 2 and len(measured(groups)) == 2:
         gap, robust = (_compared(quantity, *groups) for quantity in (GAP, ROBUST))
         behind = _composition(*groups)

@@ -11,14 +11,12 @@ from dataclasses import dataclass
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 
-from saltflat.lab.report.drawing import GRID, HEADING, INK, MUTED, SMALL, TEXT, colour, drawing, panel, shortened, svg
+from saltflat.lab.report.drawing import INK, MUTED, SMALL, colour, drawing, panel, svg
+from saltflat.lab.report.forests import frame, label
+from saltflat.lab.report.notation import decimal
 from saltflat.lab.report.statistics import Spread
-
-WIDTH, LABELS, ROW = 960.0, 250.0, 30.0  # pixels
-TOP, BOTTOM = 104.0, 46.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,42 +31,19 @@ class Strip:
 def forest(
     rows: Sequence[str], strips: Sequence[Strip], *, title: str, note: str, identity: str, description: str
 ) -> str:
-    """A row for every pair, a column for every quantity; each column has its own axis, and 0 is marked."""
-    height = TOP + ROW * len(rows) + BOTTOM
+    """A row for every pair, a column for every quantity with its own axis, and every mean in numbers above its dot."""
     with drawing(identity):
-        figure = Figure(figsize=(WIDTH / 72, height / 72), facecolor="none", dpi=72)
-        _line(figure, title, 18, size=HEADING, ink=INK, weight="bold")
-        _line(figure, note, 38, size=SMALL, ink=MUTED)
-        width, space = (WIDTH - LABELS - 14) / len(strips), 26.0
-        for place, strip in enumerate(strips):
-            left = LABELS + place * width + space / 2
-            box = (left / WIDTH, BOTTOM / height, (width - space) / WIDTH, ROW * len(rows) / height)
-            axes = figure.add_axes(box, facecolor="none")
-            _frame(axes, len(rows), strip)
+        figure, columns = frame(title, note, len(rows), [(strip.title, strip.under) for strip in strips])
+        for place, (axes, strip) in enumerate(zip(columns, strips, strict=True)):
+            reach = 1.1 * max([1e-9, *(_reach(spread) for spread in strip.differences)])
+            axes.set_xlim(-reach, reach)
+            axes.xaxis.set_major_locator(MaxNLocator(nbins=5, symmetric=True))
+            axes.xaxis.set_major_formatter(FuncFormatter(_tick))
             for row, difference in enumerate(strip.differences):
                 _estimate(axes, row, difference, colour(place))
         for row, name in enumerate(rows):
-            _line(figure, shortened(name, 40), TOP + ROW * row + ROW / 2 + 4, size=TEXT, ink=INK)
+            label(figure, row, name)
         return svg(figure, identity, description)
-
-
-def _frame(axes: Axes, rows: int, strip: Strip) -> None:
-    reach = 1.1 * max([1e-9, *(_reach(spread) for spread in strip.differences)])
-    axes.set_xlim(-reach, reach)
-    axes.set_ylim(rows - 0.5, -0.5)
-    axes.grid(axis="x", color=GRID, linewidth=1.0)
-    axes.set_axisbelow(True)
-    axes.axvline(0.0, color=MUTED, linewidth=1.0, zorder=1)
-    axes.spines[["top", "right", "left"]].set_visible(False)
-    axes.spines["bottom"].set_color(MUTED)
-    axes.tick_params(colors=MUTED, labelsize=SMALL, width=0.8, length=4)
-    axes.set_yticks([])
-    axes.xaxis.set_major_locator(MaxNLocator(nbins=5, symmetric=True))
-    axes.xaxis.set_major_formatter(FuncFormatter(_tick))
-    for text, up, size, ink in ((strip.title, 22, TEXT, INK), (strip.under, 7, SMALL, MUTED)):
-        axes.annotate(
-            text, (0.5, 1.0), (0, up), "axes fraction", "offset points", ha="center", fontsize=size, color=ink
-        )  # fmt: skip
 
 
 def _reach(of: Spread) -> float:
@@ -86,6 +61,9 @@ def _estimate(axes: Axes, row: int, of: Spread, ink: str) -> None:
     if of.n > 1:
         axes.plot(of.interval, [row, row], color=ink, linewidth=2.4, solid_capstyle="butt", zorder=3)
     axes.plot([of.mean], [row], "o", color=ink, markersize=6.5, zorder=4)
+    axes.annotate(
+        _points(of.mean), (of.mean, row), (0, 6), "data", "offset points", ha="center", fontsize=SMALL, color=INK
+    )
 
 
 def _tick(value: float, _: int | None = None) -> str:
@@ -94,6 +72,14 @@ def _tick(value: float, _: int | None = None) -> str:
     ('−2.5', '0', '+10')
     """
     return f"{value:+g}".replace("-", "−") if value else "0"
+
+
+def _points(value: float) -> str:
+    """
+    >>> _points(-2.04), _points(0.04), _points(3.0)
+    ('−2.0', '0.0', '+3.0')
+    """
+    return f"{'+' if round(value, 1) > 0 else ''}{decimal(value, 1)}"
 
 
 def dose(
@@ -126,8 +112,3 @@ def dose(
         axes.xaxis.set_minor_locator(NullLocator())
         axes.set_xlabel("gamma, relative to each layer's norm, logarithmic axis")
         return svg(figure, identity, description)
-
-
-def _line(figure: Figure, text: str, down: float, *, size: float, ink: str, weight: str = "normal") -> None:
-    width, height = figure.get_size_inches() * 72
-    figure.text(4 / width, 1 - down / height, shortened(text, 200), fontsize=size, fontweight=weight, color=ink)

@@ -18,20 +18,8 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 from numpy.typing import NDArray
 
-from saltflat.lab.report.drawing import (
-    GRID,
-    HEADING,
-    INK,
-    MUTED,
-    SMALL,
-    TEXT,
-    WIDTH,
-    colour,
-    drawing,
-    panel,
-    shortened,
-    svg,
-)
+from saltflat.lab.report.drawing import INK, MUTED, SMALL, WIDTH, colour, drawing, line, panel, shortened, svg
+from saltflat.lab.report.forests import frame, label
 from saltflat.lab.study.association import Array
 from saltflat.lab.study.findings import Association, Estimate, Finding
 from saltflat.lab.study.table import GAP_ACCURACY, GAP_LOSS, NEGATIVE
@@ -43,7 +31,6 @@ COLUMNS = (
     (GAP_ACCURACY, "gap in robust accuracy", "train − test", 2),
     (NEGATIVE, "test robust accuracy", "negative control", 5),
 )
-FOREST_WIDTH, LABELS, ROW = 960.0, 270.0, 34.0  # pixels
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,25 +47,19 @@ class Points:
 def forest(rows: Sequence[Finding], controls: Sequence[Finding], *, note: str, identity: str, description: str) -> str:
     """tau-b of every measure with every target; the controls stand below a line, as measures would."""
     everyone = [*rows, *controls]
-    top, bottom = 112.0, 44.0
-    height = top + ROW * len(everyone) + bottom
+    heads = [(title, under) for _, title, under, _ in COLUMNS]
     with drawing(identity):
-        figure = Figure(figsize=(FOREST_WIDTH / 72, height / 72), facecolor="none", dpi=72)
-        _line(figure, "Kendall's τ of measure and target", 18, size=HEADING, ink=INK, weight="bold")
-        _line(figure, shortened(note, 160), 37, size=SMALL, ink=MUTED)
-        width, gap = (FOREST_WIDTH - LABELS - 16) / len(COLUMNS), 22.0
-        for place, (target, title, under, series) in enumerate(COLUMNS):
-            box = (LABELS + place * width + gap / 2, bottom, width - gap, ROW * len(everyone))
-            axes = figure.add_axes(_shares(box, height), facecolor="none")
-            _tau_axes(axes, len(everyone), title, under)
+        figure, columns = frame("Kendall's τ of measure and target", note, len(everyone), heads)
+        for axes, (target, _, _, series) in zip(columns, COLUMNS, strict=True):
+            axes.set_xlim(-1.05, 1.05)
+            axes.set_xticks([-1, -0.5, 0, 0.5, 1], ["−1", "−0.5", "0", "0.5", "1"])
+            axes.set_xlabel("τ-b, 95 % interval", color=MUTED, fontsize=SMALL)
             for row, finding in enumerate(everyone):
                 _estimates(axes, row, finding.with_target(target), colour(series), partial=row < len(rows))
             if controls:
                 axes.axhline(len(rows) - 0.5, color=MUTED, linewidth=0.8, zorder=1)
         for row, finding in enumerate(everyone):
-            down = top + ROW * row
-            _line(figure, shortened(finding.measure.name, 38), down + 15, size=TEXT, ink=INK)
-            _line(figure, _row_note(finding, control=row >= len(rows)), down + 28, size=SMALL - 1, ink=MUTED)
+            label(figure, row, finding.measure.name, _row_note(finding, control=row >= len(rows)))
         _forest_key(figure)
         return svg(figure, identity, description)
 
@@ -109,24 +90,6 @@ def _bar(axes: Axes, estimate: Estimate, y: float, ink: str, *, hollow: bool) ->
     )
 
 
-def _tau_axes(axes: Axes, rows: int, title: str, under: str) -> None:
-    axes.set_xlim(-1.05, 1.05)
-    axes.set_ylim(rows - 0.5, -0.5)
-    axes.grid(axis="x", color=GRID, linewidth=1.0)
-    axes.set_axisbelow(True)
-    axes.axvline(0.0, color=MUTED, linewidth=0.8, zorder=1)
-    axes.spines[["top", "right", "left"]].set_visible(False)
-    axes.spines["bottom"].set_color(MUTED)
-    axes.tick_params(colors=MUTED, labelsize=SMALL, width=0.8, length=4)
-    axes.set_yticks([])
-    axes.set_xticks([-1, -0.5, 0, 0.5, 1], ["−1", "−0.5", "0", "0.5", "1"])
-    axes.set_xlabel("τ-b, 95 % interval", color=MUTED, fontsize=SMALL)
-    for text, up, size, ink in ((title, 20, TEXT, INK), (under, 6, SMALL, MUTED)):
-        axes.annotate(
-            text, (0.5, 1.0), (0, up), "axes fraction", "offset points", ha="center", fontsize=size, color=ink
-        )  # fmt: skip
-
-
 def _forest_key(figure: Figure) -> None:
     marks = [
         Line2D([], [], color=MUTED, marker="o", markersize=6.5, linewidth=2.2),
@@ -154,8 +117,8 @@ def scatter(
     rows, lines = math.ceil(len(entries) / 2), wrapped(notes[1])
     with drawing(identity):
         figure, axes = panel(title, notes[0], right=14, legend_rows=rows + len(lines))
-        for place, line in enumerate(lines):
-            _line(figure, line, 53 + 15 * place, size=SMALL, ink=MUTED)
+        for place, words in enumerate(lines):
+            line(figure, words, 53 + 15 * place, size=SMALL, ink=MUTED)
         marks, names = [mark for _, mark in entries], [name for name, _ in entries]
         _key(figure, marks, names, down=46 + 15 * len(lines), rows=rows, most=28)
         _marks(axes, points)
@@ -216,12 +179,6 @@ def _tick(value: float, _: int | None = None) -> str:
     return f"{value + 0.0:g}".replace("-", "−")
 
 
-def _line(figure: Figure, text: str, down: float, *, size: float, ink: str, weight: str = "normal") -> None:
-    """Text at the left edge, its base line so many pixels below the top."""
-    width, height = figure.get_size_inches() * 72
-    figure.text(4 / width, 1 - down / height, shortened(text, 200), fontsize=size, fontweight=weight, color=ink)
-
-
 def wrapped(text: str, width: int = 72, most: int = 2) -> list[str]:
     """Text as a few lines that fit into a panel.
 
@@ -243,8 +200,3 @@ def _key(figure: Figure, marks: list[Line2D], texts: Sequence[str], *, down: flo
         figure.add_artist(mark)
         place = (left + 25) / width, 1 - (middle + 4) / height
         figure.text(*place, shortened(text, most), fontsize=SMALL, color=INK)
-
-
-def _shares(box: tuple[float, float, float, float], height: float) -> tuple[float, float, float, float]:
-    left, bottom, width, tall = box
-    return left / FOREST_WIDTH, bottom / height, width / FOREST_WIDTH, tall / height
