@@ -76,8 +76,9 @@ def trained(loop, model, *arguments):
 
 def test_every_loop_of_the_page_is_tested(page):
     loops = {name for name, value in page.items() if getattr(value, "__module__", None) == "loops"} - {"sgd"}
-    assert loops == {"plain", "accumulated", "mixed", "Classifier", "lightning", "with_fabric", "with_accelerate"}
-    assert TEXT.count("```python") == 7
+    others = {"smoothed", "accumulated", "mixed", "Classifier", "lightning", "with_fabric", "with_accelerate"}
+    assert loops == {"plain", *others}
+    assert TEXT.count("```python") == 8
 
 
 def test_the_pages_links_lead_somewhere():
@@ -85,6 +86,21 @@ def test_the_pages_links_lead_somewhere():
     assert len(targets) == 4
     for target in targets:
         assert (PAGE.parent / target).is_file()
+
+
+def test_another_optimiser_a_schedule_and_soft_labels_need_nothing_of_the_loop():
+    def adam(model):
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=1e-3, total_steps=4)
+        optimizer.register_step_post_hook(lambda *_: schedule.step())
+        return optimizer
+
+    page, model = blocks(), network()
+    page["sgd"] = adam
+    soft = [(x, 0.9 * torch.eye(3)[y] + 0.1 / 3) for x, y in batches()]
+    found = trained(page["smoothed"], model, batches(), 4, 3)
+    assert equal_states(found, trained(page["plain"], model, soft))
+    assert not equal_states(found, trained(page["plain"], model, batches()))
 
 
 def test_accumulation_is_the_plain_loop(page):
