@@ -6,7 +6,7 @@ import os
 import pytest
 import torch
 from damaged import damages, read_or_refused
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from networks import equal_states, state
 from safetensors.torch import save_file
@@ -82,6 +82,7 @@ def test_a_damaged_newest_one_is_told_and_set_aside_and_the_one_before_is_used(s
 
 
 @given(st.data())
+@settings(deadline=None)  # it flushes to the disk
 def test_every_bit_counts(tmp_path_factory, data):
     folder = tmp_path_factory.mktemp("states")
     path = save_state(folder, of_step(1))

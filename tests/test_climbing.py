@@ -157,12 +157,12 @@ def test_a_precision_that_is_not_there_is_neither_said_nor_on_record(tmp_path, c
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # of torch's compiler
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_a_compiled_network_is_climbed_on(precision):
+def test_a_compiled_network_is_climbed_on():
+    """In bf16; the next has fp32, and each takes a compiler its minute."""
     check_compiles(CPU)
     config = replace(TINY, optimizer=replace(TINY.optimizer, epochs=1))
-    plain = replace(config, compute=Compute(precision, lean=False))
-    found, _ = trained(replace(config, compute=Compute(precision, compile=True)))
+    plain = replace(config, compute=Compute("bf16", lean=False))
+    found, _ = trained(replace(config, compute=Compute("bf16", compile=True)))
     expected, _ = trained(plain)
     assert found[0].metrics["loss"] == pytest.approx(expected[0].metrics["loss"], rel=1e-2)
 

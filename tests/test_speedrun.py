@@ -331,7 +331,7 @@ def test_the_script_refuses_in_one_line(tmp_path):
 
 @pytest.mark.slow
 def test_a_record_in_pieces_is_that_of_runs_that_were_not_cut(tmp_path):
-    out, epochs = tmp_path / "record", 100
+    out, epochs = tmp_path / "record", 60
     options = [
         "--threads", "1", "--data.examples", "100", "--data.validation-examples", "20", "--model.width", "4",
         "--optimizer.epochs", str(epochs), "--evaluation.examples", "20", "--evaluation.steps", "1",

@@ -17,7 +17,7 @@ from saltflat import Layerwise, perturbed
 from saltflat.neighbours.weighted import all_but_last
 from saltflat.weights import default
 
-GAMMA, SHARE, SEEDS = 3.0, 0.5, range(8)
+GAMMA, SHARE, SEEDS = 3.0, 0.5, range(4)
 FORMS = {  # which weights, and the share of the gradient at w + v
     "AWP": (lambda model: default, 1.0),
     "truncated": (all_but_last, 1.0),
@@ -79,7 +79,7 @@ def accuracy(form, seed):
 
 @pytest.mark.slow
 def test_truncated_and_weighted_AWP_learn_where_AWP_does_not():
-    """Means over eight seeds on record: AWP 0.659, truncated 0.916, weighted 0.953, both 0.964."""
+    """Means over four seeds: AWP 0.594, truncated 0.931, weighted 0.956, both 0.975."""
     means = {form: sum(accuracy(form, seed) for seed in SEEDS) / len(SEEDS) for form in FORMS}
     assert means["AWP"] < 0.8, means
     assert min(means["truncated"], means["weighted"], means["both"]) > 0.8, means
