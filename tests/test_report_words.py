@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from run_folders import groups_in, plain, synthetic_run, two_groups
+from run_folders import groups_in, page, plain, synthetic_run, two_groups
 
 from saltflat.lab.report.words import headline
 
@@ -92,11 +92,13 @@ def stopped(folder: Path, epoch: int, **of: Any) -> Path:
 def test_what_has_not_finished_is_said_before_anything_is_compared(tmp_path: Path) -> None:
     both = [stopped(tmp_path / "a", 4, recipe="a"), stopped(tmp_path / "b", 4, recipe="b")]
     first, gap, _ = sentences(both)
-    assert first == "Training has not finished: a at epoch 4 of 6, b at epoch 4 of 6."
+    assert first == "Training has not reached its end: a at epoch 4 of 6, b at epoch 4 of 6."
     assert gap.startswith("The robust generalisation gap of b")
 
     first, _, _ = sentences([both[0], synthetic_run(tmp_path / "c", recipe="c")])
-    assert first.startswith("Training has not finished: a at epoch 4 of 6, c at epoch 6. Numbers of different epochs")
+    assert first.startswith(
+        "Training has not reached its end: a at epoch 4 of 6, c at epoch 6. Numbers of different epochs"
+    )
 
 
 def test_groups_that_end_apart_are_told_apart(tmp_path: Path) -> None:
@@ -109,9 +111,11 @@ def test_groups_that_end_apart_are_told_apart(tmp_path: Path) -> None:
     )
 
 
-def test_epochs_that_are_not_on_record_are_not_missed(tmp_path: Path) -> None:
-    folder = synthetic_run(tmp_path / "a", config={"optimizer": {"epochs": "many"}})
-    assert "not finished" not in " ".join(sentences([folder]))
+@pytest.mark.parametrize("epochs", ["many", "²", "9" * 5000, -3, None, [6]])
+def test_epochs_that_are_not_on_record_are_not_missed(tmp_path: Path, epochs: object) -> None:
+    folder = synthetic_run(tmp_path / "a", config={"optimizer": {"epochs": epochs}})
+    assert "reached its end" not in " ".join(sentences([folder]))
+    assert "Stopped after" not in page([folder])
 
 
 def test_one_group_is_described_and_three_are_not_compared(tmp_path: Path) -> None:

@@ -47,7 +47,6 @@ def notes(groups: Sequence[Group], given: int) -> list[Note]:
 
 def _remarks(group: Group, run: Run) -> list[str]:
     unfinished = bool(run.epochs) and run not in group.finished
-    planned = run.config.get("optimizer.epochs", "")
     skipped = sum(epoch.skipped or 0 for epoch in run.epochs)
     dropped = sum(epoch.dropped or 0 for epoch in run.epochs)
     fallen = ", ".join(str(epoch.number) for epoch in run.epochs if epoch.collapsed)
@@ -57,7 +56,7 @@ def _remarks(group: Group, run: Run) -> list[str]:
     tensors = counted(skipped, "weight tensor")
     remarks = {
         f"{end} {group.last_epoch}: drawn as thin lines and left out of all means": unfinished,
-        f"{end} {planned}": planned.isdigit() and 0 < run.reached < int(planned) and not unfinished,
+        f"{end} {run.planned}": 0 < run.reached < run.planned and not unfinished,
         "No epoch was chosen on a validation split: there is no best": run.epochs and not run.best,
         "A robust loss is not finite": not all(map(math.isfinite, losses)),
         f"{tensors} stayed unperturbed for a step: no usable gradient, or nothing to climb": skipped,

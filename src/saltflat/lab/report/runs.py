@@ -14,6 +14,7 @@ Everything but the config may be missing or damaged: that becomes a note, and no
 
 import json
 import math
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -182,6 +183,12 @@ class Run:
     def best(self) -> Epoch | None:
         """Every epoch that beat those before it on validation was marked when written: the latest mark counts."""
         return next((epoch for epoch in reversed(self.epochs) if epoch.best), None)
+
+    @property
+    def planned(self) -> int:
+        """How many epochs were asked for, 0 if that is not on record."""
+        found = re.fullmatch(r"[0-9]{1,9}", self.config.get("optimizer.epochs", ""))
+        return int(found[0]) if found else 0
 
     @property
     def reached(self) -> int:

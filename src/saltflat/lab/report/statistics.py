@@ -34,8 +34,7 @@ class Group:
     @property
     def planned_epochs(self) -> int:
         """How many epochs were asked for, 0 if that is not on record."""
-        planned = self.runs[0].config.get("optimizer.epochs", "")
-        return int(planned) if planned.isdecimal() else 0
+        return self.runs[0].planned
 
     @property
     def finished(self) -> tuple[Run, ...]:

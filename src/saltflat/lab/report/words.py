@@ -52,7 +52,7 @@ def _stages(groups: Sequence[Group]) -> list[Sentence]:
         + (f" of {group.planned_epochs}" if group.last_epoch < group.planned_epochs else "")
         for group in measured(groups)
     ]
-    stage = "Training has not finished" if unfinished else "Training ended at different epochs"
+    stage = "Training has not reached its end" if unfinished else "Training ended at different epochs"
     caution = " Numbers of different epochs stand side by side below." if apart else ""
     return [Sentence(f"{stage}: {', '.join(ends)}.{caution}")]
 
