@@ -158,7 +158,7 @@ def test_a_precision_that_is_not_there_is_neither_said_nor_on_record(tmp_path, c
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # of torch's compiler
 def test_a_compiled_network_is_climbed_on():
-    """In bf16; the next has fp32, and each takes a compiler its minute."""
+    """A training, in bf16; of fp32 the next has the network alone: each takes a compiler its minute."""
     check_compiles(CPU)
     config = replace(TINY, optimizer=replace(TINY.optimizer, epochs=1))
     plain = replace(config, compute=Compute("bf16", lean=False))

@@ -41,8 +41,9 @@ def command(function: Callable[..., Job], of: tyro.extras.SubcommandApp = app) -
             raise refusal(error) from None
 
     of.command(call)
-    alone = NAMED[f"study {function.__name__}" if of is study_app else function.__name__] = tyro.extras.SubcommandApp()
+    alone = tyro.extras.SubcommandApp()
     alone.command(call)
+    NAMED[f"study {function.__name__}" if of is study_app else function.__name__] = alone
     return call
 
 

@@ -44,15 +44,14 @@ def headline(groups: Sequence[Group]) -> list[Sentence]:
 
 def _stages(groups: Sequence[Group]) -> list[Sentence]:
     apart = len({group.last_epoch for group in measured(groups)}) > 1
-    unfinished = any(group.last_epoch < group.planned_epochs for group in measured(groups))
-    if not apart and not unfinished:
+    short = [group for group in measured(groups) if group.last_epoch < group.planned_epochs]
+    if not apart and not short:
         return []
     ends = [
-        f"{group.name} at epoch {group.last_epoch}"
-        + (f" of {group.planned_epochs}" if group.last_epoch < group.planned_epochs else "")
+        f"{group.name} at epoch {group.last_epoch}{f' of {group.planned_epochs}' if group in short else ''}"
         for group in measured(groups)
     ]
-    stage = "Training has not reached its end" if unfinished else "Training ended at different epochs"
+    stage = "Training has not reached its end" if short else "Training ended at different epochs"
     caution = " Numbers of different epochs stand side by side below." if apart else ""
     return [Sentence(f"{stage}: {', '.join(ends)}.{caution}")]
 
