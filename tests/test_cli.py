@@ -126,14 +126,15 @@ def bad_inputs(folder: Path) -> dict[str, tuple[list[str], str]]:
     train = ["train", "at", "--out", str(folder / "new")]
     data = [*train, "--data.validation-examples", "1", "--data.name"]
     return {
-        "unknown command": (["trian"], "trian"),
+        "unknown command": (["trian"], "got 'trian'; perhaps you meant train"),
+        "unknown study": (["study", "clams"], "got 'clams'; perhaps you meant claims"),
         "no such recipes": (["recipes", "imagenet"], "words: expected parts of a recipe's name"),
         "unknown recipe": (["train", "att"], "got 'att'; perhaps you meant at"),
         "no recipe but its adversary": (
             ["train", "awp"],
             "recipe: expected a name that `saltflat recipes` lists, got 'awp'",
         ),
-        "no recipe": (["train"], "at-awp"),
+        "no recipe": (["train"], "recipe: expected a name that `saltflat recipes` lists, got none"),
         "unknown field": ([*train, "--awp.gama", "1"], "perhaps you meant --awp.gamma"),
         "negative gamma": (
             [*train, "--awp.gamma", "-1"],
@@ -197,6 +198,7 @@ def bad_inputs(folder: Path) -> dict[str, tuple[list[str], str]]:
 
 NAMES = [
     "unknown command",
+    "unknown study",
     "no such recipes",
     "unknown recipe",
     "no recipe but its adversary",

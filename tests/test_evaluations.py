@@ -385,3 +385,11 @@ def test_where_it_stands_is_said_in_words():
         "standard: apgd-t 3/9, 4 survive",
         "standard: square, 4 survive",
     ]
+
+
+def test_a_chain_is_followed_by_a_look_at_plain_pgd_which_is_told(fresh, capsys, monkeypatch):
+    monkeypatch.setattr(evaluations.checks, "LONG", 2)
+    run("evaluate", fresh, "--examples", "8", "--attacks", "fgsm+pgd-2")
+    assert "last, whether plain PGD had converged: longer runs on 8 examples\n" in capsys.readouterr().out
+    run("evaluate", fresh, "--examples", "8", "--attacks", "fgsm", "pgd-2")
+    assert "plain PGD" not in capsys.readouterr().out

@@ -44,6 +44,7 @@ from saltflat.weights import buffers_kept
 USUAL: dict[type, tuple[float, ...]] = {Linf: (0.1, 8 / 255, 4 / 255), L2: (1.5, 0.5, 3.0), L1: (10.0, 12.0, 255.0)}
 POWER = {Linf: math.inf, L2: 2.0, L1: 1.0}
 FACTOR = 10.0
+SHORT, LONG, RESTARTS = 20, 100, 10  # of `weak_pgd`: steps, steps, and how often
 
 
 @dataclass(frozen=True)
@@ -368,15 +369,15 @@ def weak_pgd(
 
     with _undisturbed(logits, x), torch.no_grad():
         right = (logits(x).argmax(1) == y).nonzero()[:examples, 0]
-        short = withstand(right, 20, 1)
-        long = withstand(short, 100, 10)
+        short = withstand(right, SHORT, 1)
+        long = withstand(short, LONG, RESTARTS)
     lost = len(short) - len(long)
     if lost < 3 or 20 * lost <= len(right):
         return None
     return _flag(
         weak_pgd,
-        f"{len(short)} of {len(right)} correctly classified inputs withstand PGD-20, {len(long)} of them PGD-100 "
-        "with 10 restarts",
+        f"{len(short)} of {len(right)} correctly classified inputs withstand PGD-{SHORT}, {len(long)} of them "
+        f"PGD-{LONG} with {RESTARTS} restarts",
     )
 
 

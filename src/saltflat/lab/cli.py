@@ -13,7 +13,7 @@ import io
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import dropwhile
 
 import tyro
@@ -37,8 +37,8 @@ def parsed(arguments: Sequence[str]) -> Job:
     if words == ["study"]:
         words += ["--help"]
     going_on = words[0] == "train" and any(word == "--resume" or word.startswith("--resume=") for word in words)
-    if words[0] == "train" and not going_on and words[1:] and not words[1].startswith("-"):
-        _check_recipe(words[1])
+    if not going_on:
+        _check_names(words)
     columns = os.environ.get("COLUMNS")
     try:
         if not HELP.intersection(words):
@@ -72,12 +72,27 @@ def _asked_for(words: list[str]) -> Job:
     return job
 
 
-def _check_recipe(name: str) -> None:
-    """BadInput that names what it may have been: tyro would take a stranger for an option."""
-    if name not in RECIPES:
-        near = difflib.get_close_matches(name[:100], RECIPES, 3)
-        meant = f"; perhaps you meant {' or '.join(near)}" if near else ""
-        raise BadInput(f"recipe: expected a name that `saltflat recipes` lists, got {told(name)}{meant}")
+def _check_names(words: Sequence[str]) -> None:
+    """BadInput for a command, a study or a recipe that nobody knows: tyro would take it for an option."""
+    commands = dict.fromkeys(["train", *(name.split()[0] for name in NAMED)])  # which has a parser for each recipe
+    _check_name("command", words[0], commands, f"expected one of {', '.join(commands)}")
+    if words[0] == "study":
+        studies = [name.split()[1] for name in NAMED if name.startswith("study ")]
+        _check_name("study", words[1], studies, f"expected one of {', '.join(studies)}")
+    if words[0] == "train":
+        expected = "expected a name that `saltflat recipes` lists"
+        if not words[1:]:
+            raise BadInput(f"recipe: {expected}, got none")
+        _check_name("recipe", words[1], RECIPES, expected)
+
+
+def _check_name(what: str, name: str, known: Iterable[str], expected: str) -> None:
+    """BadInput that names what it may have been. An option is none of them, and may stand before."""
+    if name.startswith("-") or name in known:
+        return
+    near = difflib.get_close_matches(name[:100], known, 3)
+    meant = f"; perhaps you meant {' or '.join(near)}" if near else ""
+    raise BadInput(f"{what}: {expected}, got {told(name)}{meant}")
 
 
 RULES = ("───", "---")

@@ -201,12 +201,25 @@ def _after(of: Subject, described: Sequence[Described], done: Done, x: Tensor, y
         flag for found in described if (flag := _black_box(found.column, done.verdicts[found.column.name])) is not None
     ]
     if any(len(found.column.stages) > 1 for found in described):
-        some = prepared(x[:LOOKED_AT], of.model)
-        flag = checks.weak_pgd(lean(of.model), some, y[:LOOKED_AT].to(some.device), of.threat.ball, seed=how.seed)
+        flag = _weak_pgd(of, x[:LOOKED_AT], y[:LOOKED_AT], how)
         flags += [flag] if flag is not None else []
     for flag in flags:
         say(f"caution, {flag.name}: {flag.found}")
     return flags
+
+
+def _weak_pgd(of: Subject, x: Tensor, y: Tensor, how: How) -> Flag | None:
+    """It takes as many gradients as a suite does for some hundred examples, and says so."""
+    say(f"last, whether plain PGD had converged: longer runs on {len(y)} examples")
+    x, network = prepared(x, of.model), lean(of.model)
+    with progress() as bar:
+        task = bar.add_task("longer PGD", total=len(y) * (checks.SHORT + checks.LONG * checks.RESTARTS))
+
+        def counted(x_adv: Tensor) -> Tensor:
+            bar.advance(task, len(x_adv))
+            return network(x_adv)
+
+        return checks.weak_pgd(counted, x, y.to(x.device), of.threat.ball, seed=how.seed)
 
 
 def _black_box(column: Column, of: Verdicts) -> Flag | None:
