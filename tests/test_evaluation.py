@@ -76,6 +76,20 @@ def test_robust_accuracy_of_a_linear_model_is_its_closed_form(ball, dual, inner)
     assert torch.equal(found.correct, robust)
 
 
+def test_the_attack_climbs_on_what_it_is_given_and_the_model_answers(images):
+    model, asked = small_resnet(in_channels=1), []
+
+    def attack_on(network):
+        asked.append(network.training)
+        return lambda x: -network(x)  # so that it looks for what the model is surest of
+
+    attack = PGD(Linf(0.1), 0.05, 3)
+    easier, clean = outcomes(model, images, attack, attack_on=attack_on), outcomes(model, images, None)
+    assert easier.mean_loss < clean.mean_loss < outcomes(model, images, attack).mean_loss
+    assert asked == [False]
+    assert model.training
+
+
 def test_a_longer_attack_is_no_weaker_on_average(images):
     model = mlp()
     losses = [

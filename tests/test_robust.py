@@ -12,6 +12,7 @@ from saltflat.data import Images, to_float
 from saltflat.evaluation import outcomes
 from saltflat.inputs import zero
 from saltflat.landscape import afresh, along, continued, frozen, random_direction, total
+from saltflat.lean import leaner
 from saltflat.objectives import ce, kl
 from saltflat.random import PerExample
 
@@ -123,6 +124,25 @@ def test_an_objective_s_own_pair_is_maximised_and_returned():
     expected = ce(model(x), y).mean() + 3.0 * kl(model(x), model(x_adv)).mean()
     assert loss().item() == pytest.approx(expected.item(), rel=1e-12)
     assert total(afresh(model, x, y, attack, objective=MART(2.0))) != pytest.approx(expected.item())
+
+
+def test_the_attack_climbs_on_what_it_is_given_and_the_loss_is_the_model_s():
+    model, (x, y) = convolutional(), batch()
+    attack, standing = PGD(Linf(0.05), 0.02, 3, zero), lambda network: lambda x: 0 * x.flatten(1)[:, :3]
+    clean = total(afresh(model, x, y, None))
+    for closures in (afresh, continued, frozen):
+        assert total(closures(model, x, y, attack, attack_on=standing)) == clean
+        assert total(closures(model, x, y, attack)) > clean
+
+
+def test_on_a_lean_copy_rho_is_the_same_but_for_rounding_wherever_the_weights_are():
+    (x, y), model = batch(), convolutional().float()
+    x, attack, attack_on = x.float(), PGD(Linf(0.05), 0.02, 3), leaner()
+    lean, plain = afresh(model, x, y, attack, attack_on=attack_on), afresh(model, x, y, attack)
+    for seed in range(3):
+        with displaced(model, random_direction(model, seed)):
+            assert total(lean) == pytest.approx(total(plain), rel=1e-4)
+    assert attack_on.why is None
 
 
 def test_in_train_mode_batchnorm_sees_the_batch():

@@ -34,7 +34,7 @@ from saltflat.objectives import Objective
 from saltflat.parallel import Alone, Spread, Weighted
 from saltflat.random import Rows, derived_seed, seeded
 from saltflat.schedules import Schedule
-from saltflat.step import Radius, Step, double_perturbation_step, in_mode, undoing
+from saltflat.step import AttackOn, Radius, Step, double_perturbation_step, in_mode, itself, undoing
 
 ORDER, DRAWS, EXTRA = 0, 1, 2  # the streams of random numbers of an epoch
 IN_A_ROW = 100  # dropped batches, after which training fails before the epoch is over
@@ -84,6 +84,7 @@ class Plan:
         swa_from: progress after which the weights at the ends of epochs are averaged, measured and kept, with the
             statistics of BatchNorm re-estimated on the training images as they are; or None.
         measure: the attack of the measurements at the end of each epoch.
+        measure_on: makes what it climbs on of the network: `attack_on` of `saltflat.evaluation.outcomes`.
         measure_batch_size: examples at a time in those.
         readers: processes that read `Stored` images ahead; with 0, this one reads them.
         seed: of the order, the augmentation and the attacks' starts. (The initial weights are the caller's.)
@@ -106,6 +107,7 @@ class Plan:
     extra_share: float = 0.0
     average: float | None = None
     swa_from: float | None = None
+    measure_on: AttackOn = itself
     measure_batch_size: int = 256
     readers: int = 0
     seed: int = 0
@@ -588,7 +590,9 @@ def measuring(model: nn.Module, data: Images, plan: Plan, epoch: int) -> Generat
     seed, found = derived_seed(plan.seed), list[Outcomes]()
     for attack in (None, plan.measure):
         parts: list[Outcomes] = []
-        batches = outcomes_by_batch(model, data, attack, batch_size=plan.measure_batch_size, seed=seed, rows=rows)
+        batches = outcomes_by_batch(
+            model, data, attack, attack_on=plan.measure_on, batch_size=plan.measure_batch_size, seed=seed, rows=rows
+        )
         for _ in range(math.ceil(most / plan.measure_batch_size)):
             parts += islice(batches, 1)
             yield Measuring(epoch)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,9 +21,9 @@ from saltflat.data.images import Images, to_float
 from saltflat.inputs import PGD
 from saltflat.objectives import AT, Value, ce, margin
 from saltflat.random import PerExample
-from saltflat.step import in_mode
+from saltflat.step import AttackOn, in_mode, itself
 
-Inner = Callable[[nn.Module, Tensor, Tensor], Value]
+Inner = Callable[[Any, Tensor, Tensor], Value]
 
 
 def cross_entropy(model: nn.Module, x: Tensor, y: Tensor) -> Value:
@@ -64,6 +65,7 @@ def outcomes(
     attack: PGD | None,
     *,
     inner: Inner = cross_entropy,
+    attack_on: AttackOn = itself,
     batch_size: int = 256,
     seed: int = 0,
     rows: Tensor | None = None,
@@ -75,6 +77,8 @@ def outcomes(
         data: (N, C, H, W) uint8 images and their labels.
         attack: None for clean images.
         inner: (model, x, y) -> f, what the attack maximises.
+        attack_on: makes what it climbs on of the model, in eval mode: `saltflat.lean.leaner()` is for CPUs. The answers
+            are the model's own.
         batch_size: examples at a time; it does not change what is drawn.
         seed: of the attack's starts.
         rows: (k,) int64, which examples, in which order; None for all. What is drawn for one is drawn whoever is asked
@@ -85,7 +89,8 @@ def outcomes(
     >>> outcomes(nn.Sequential(nn.Flatten(), nn.Linear(4, 2)), data, None).accuracy
     0.5
     """
-    return collect(outcomes_by_batch(model, data, attack, inner=inner, batch_size=batch_size, seed=seed, rows=rows))
+    settings: dict[str, Any] = {"inner": inner, "attack_on": attack_on, "batch_size": batch_size}
+    return collect(outcomes_by_batch(model, data, attack, **settings, seed=seed, rows=rows))
 
 
 def outcomes_by_batch(
@@ -94,6 +99,7 @@ def outcomes_by_batch(
     attack: PGD | None,
     *,
     inner: Inner = cross_entropy,
+    attack_on: AttackOn = itself,
     batch_size: int = 256,
     seed: int = 0,
     rows: Tensor | None = None,
@@ -103,7 +109,7 @@ def outcomes_by_batch(
     for ids in torch.split(torch.arange(len(data)) if rows is None else rows, batch_size):
         x = to_float(data.images[ids].to(parameter.device), parameter.dtype)
         y = data.labels[ids].to(parameter.device)
-        x_adv = attacked(model, x, y, attack, inner=inner, seed=seed, ids=ids)
+        x_adv = attacked(model, x, y, attack, inner=inner, attack_on=attack_on, seed=seed, ids=ids)
         yield answers(model, x_adv, y)
 
 
@@ -114,17 +120,18 @@ def attacked(
     attack: PGD | None,
     *,
     inner: Inner = cross_entropy,
+    attack_on: AttackOn = itself,
     seed: int = 0,
     ids: Tensor | None = None,
 ) -> Tensor:
     """One batch x (N, ...) in pixel units, attacked in eval mode; x itself if `attack` is None. Row i's start is drawn
-    from (seed, ids[i]); ids default to 0 ... N - 1.
+    from (seed, ids[i]); ids default to 0 ... N - 1. `attack_on` as in `outcomes`.
     """
     if attack is None:
         return x
     with in_mode(model, "eval"):
         names = torch.arange(len(x)) if ids is None else ids
-        return attack(inner(model, x, y), x, generator=PerExample(seed, names))
+        return attack(inner(attack_on(model), x, y), x, generator=PerExample(seed, names))
 
 
 def answers(model: nn.Module, x: Tensor, y: Tensor) -> Outcomes:

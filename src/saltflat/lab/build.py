@@ -20,11 +20,13 @@ from saltflat.lab import adversaries
 from saltflat.lab.config import BadInput, Data, Train
 from saltflat.lab.precision import searched
 from saltflat.lab.threat import trained_against
+from saltflat.lean import leaner
 from saltflat.neighbours.l1 import L1
 from saltflat.neighbours.logit_pairing import ALP
 from saltflat.objectives import AT, MART, TRADES, Natural, Objective, Value
 from saltflat.random import Generator, derived_seed
 from saltflat.schedules import constant, cosine, cyclic, piecewise, warm_up
+from saltflat.step import itself
 from saltflat.train import Plan, as_it_is, unmixed
 
 VALIDATION_SEED = 2020  # one split for all seeds, so that their best epochs are chosen on the same examples
@@ -327,6 +329,7 @@ def plan(config: Train, classes: int) -> Plan:
         ball=adversaries.ball(config),
         perturb_every=config.awp.every,
         measure=trained_against(config.attack).pgd(config.evaluation.steps),
+        measure_on=leaner() if config.compute.lean else itself,
         step=adversaries.step(config, memory),
         excused=lambda: searched(memory),
         memory=memory,

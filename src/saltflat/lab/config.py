@@ -340,8 +340,9 @@ class Compute:
     """Attacks in eval mode climb on the network as torch.compile makes it, which takes a while at first. It was not run
     on a GPU."""
     lean: bool = True
-    """Attacks in eval mode climb on a lean copy of the network on CPUs, BatchNorm folded into convolutions: the same
-    numbers but for rounding, in less time. Where compile is set, on the compiled network instead."""
+    """Attacks in eval mode, and those that measure an epoch, climb on a lean copy of the network on CPUs, BatchNorm
+    folded into convolutions: the same numbers but for rounding, in less time. Where compile is set, those of training
+    climb on the compiled network instead."""
     spread: Literal["ddp", "fsdp"] = "ddp"
     """How weights lie on the processes of torchrun: whole on each (DistributedDataParallel), or a shard on each
     (FSDP2). Batches are shared out among them either way."""

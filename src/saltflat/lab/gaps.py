@@ -28,6 +28,7 @@ from saltflat.evaluation.suite import prepared
 from saltflat.lab import once, record
 from saltflat.lab.precision import exact
 from saltflat.lab.subjects import Subject, place, up_to
+from saltflat.lean import leaner
 
 LONGER = 5  # times as many steps, for the check that the attack is long enough
 
@@ -123,8 +124,10 @@ def _measured(of: Subject, x: Tensor, y: Tensor, how: How) -> dict[str, float]:
 def _outcomes(of: Subject, x: Tensor, y: Tensor, steps: int, how: How) -> Outcomes:
     attack = of.threat.pgd(steps) if steps else None
 
+    attack_on = leaner()
+
     def answered(rows: Tensor) -> Outcomes:
-        x_adv = attacked(of.model, x[rows], y[rows], attack, seed=how.seed, ids=rows)
+        x_adv = attacked(of.model, x[rows], y[rows], attack, attack_on=attack_on, seed=how.seed, ids=rows)
         return answers(of.model, x_adv, y[rows])
 
     return collect(parallel.shared_out(torch.split(torch.arange(len(x)), how.batch_size), answered))

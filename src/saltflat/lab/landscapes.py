@@ -30,6 +30,7 @@ from saltflat.lab.precision import exact
 from saltflat.lab.subjects import Subject, place, up_to
 from saltflat.landscape import adversarial_direction, random_direction
 from saltflat.landscape.robust import afresh, frozen, total
+from saltflat.lean import leaner
 from saltflat.objectives import AT, Objective
 from saltflat.weights import Closure
 
@@ -215,7 +216,8 @@ def _direction(shown: Shown, kind: Direction, seed: int) -> dict[str, Tensor]:
         return random_direction(model, seed, ball=BALLS[how.normalisation])
 
     def steepest() -> dict[str, Tensor]:
-        losses = afresh(model, shown.x, shown.y, shown.attack, batch_size=how.batch_size, seed=seed)
+        settings: dict[str, Any] = {"attack_on": leaner(), "batch_size": how.batch_size, "seed": seed}
+        losses = afresh(model, shown.x, shown.y, shown.attack, **settings)
         found = adversarial_direction(model, losses, ball=BALLS[how.normalisation])
         return {name: d.cpu() for name, d in found.items()}
 
@@ -233,10 +235,10 @@ def _cosine(d: Weights, e: Weights) -> float:
 
 def _measure(shown: Shown) -> Callable[[], Arrays]:
     """() -> the outcomes of all examples with the weights as they stand."""
-    model, how = shown.of.model, shown.how
+    model, how, attack_on = shown.of.model, shown.how, leaner()
 
     def attack(x: Tensor, y: Tensor, rows: Tensor) -> Tensor:
-        return attacked(model, x, y, shown.attack, seed=how.seed, ids=rows)
+        return attacked(model, x, y, shown.attack, attack_on=attack_on, seed=how.seed, ids=rows)
 
     made = parallel.shared_out(list(shown.batches()), lambda batch: attack(*batch).cpu()) if how.frozen else []
     kept = [x_adv.to(shown.x.device) for x_adv in made]

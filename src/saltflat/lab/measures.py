@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -39,6 +39,8 @@ from saltflat.landscape.tolerance import tolerated_noise
 from saltflat.landscape.trace import layer_traces, trace
 from saltflat.landscape.weight_curvature import weight_curvature
 from saltflat.landscape.worst_case import Worst, keskar_sharpness, worst_case
+from saltflat.lean import leaner
+from saltflat.step import AttackOn
 from saltflat.weights import Closure
 
 EXACT = 0.0  # standard error of what has no draws
@@ -93,6 +95,7 @@ class Shown:
     attack: PGD
     how: How
     initial: Callable[[], Weights] | None = None
+    attack_on: AttackOn = field(default_factory=leaner)
 
     def afresh(self) -> list[Closure]:
         return afresh(self.model, self.x, self.y, self.attack, **self._drawn)
@@ -109,12 +112,12 @@ class Shown:
     def attacked(self) -> Tensor:
         """x' at w, all of them."""
         parts = torch.split(torch.arange(len(self.x)), self.how.batch_size)
-        x, y, seed = self.x, self.y, self.how.seed
-        return torch.cat([attacked(self.model, x[rows], y[rows], self.attack, seed=seed, ids=rows) for rows in parts])
+        of = partial(attacked, self.model, attack_on=self.attack_on, seed=self.how.seed)
+        return torch.cat([of(self.x[rows], self.y[rows], self.attack, ids=rows) for rows in parts])
 
     @property
     def _drawn(self) -> dict[str, Any]:
-        return {"batch_size": self.how.batch_size, "seed": self.how.seed}
+        return {"attack_on": self.attack_on, "batch_size": self.how.batch_size, "seed": self.how.seed}
 
 
 @dataclass(frozen=True)

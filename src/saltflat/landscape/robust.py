@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from saltflat.inputs import PGD
 from saltflat.objectives import AT, Objective
 from saltflat.random import PerExample
-from saltflat.step import Mode, in_mode
+from saltflat.step import AttackOn, Mode, in_mode, itself
 from saltflat.weights import Closure, buffers_kept
 
 Losses = Sequence[Closure]
@@ -43,6 +43,7 @@ def afresh(
     attack: PGD | None,
     *,
     objective: Objective | None = None,
+    attack_on: AttackOn = itself,
     batch_size: int = 256,
     seed: int = 0,
     ids: Tensor | None = None,
@@ -55,6 +56,7 @@ def afresh(
         x, y: (N, ...) in pixel units and (N,), on the model's device.
         attack: the input adversary, `PGD(...)`; None measures the clean loss.
         objective: what the attack maximises, and what is returned; default `AT()`, cross-entropy in nats.
+        attack_on: makes what the attack climbs on of the model, as it stands; `saltflat.lean.leaner()` is for CPUs.
         batch_size: examples a closure; with `AT` it changes no value but by rounding.
         seed, ids: of the starts: row i draws from (seed, ids[i]); ids default to 0 ... N - 1.
         mode: of the model, in the attack and after it. With "train", BatchNorm sees batch statistics, and its running
@@ -70,7 +72,7 @@ def afresh(
     (2, True)
     """
 
-    batches = _batches(model, x, y, attack, objective, batch_size, seed, ids, mode)
+    batches = _batches(model, x, y, attack, objective, attack_on, batch_size, seed, ids, mode)
     return [batch.afresh for batch in batches]
 
 
@@ -81,6 +83,7 @@ def continued(
     attack: PGD,
     *,
     objective: Objective | None = None,
+    attack_on: AttackOn = itself,
     batch_size: int = 256,
     seed: int = 0,
     ids: Tensor | None = None,
@@ -104,7 +107,7 @@ def continued(
         return loss
 
     some = replace(attack, steps=steps)
-    return [going_on(batch) for batch in _batches(model, x, y, some, objective, batch_size, seed, ids, mode)]
+    return [going_on(batch) for batch in _batches(model, x, y, some, objective, attack_on, batch_size, seed, ids, mode)]
 
 
 def frozen(
@@ -114,6 +117,7 @@ def frozen(
     attack: PGD | None,
     *,
     objective: Objective | None = None,
+    attack_on: AttackOn = itself,
     batch_size: int = 256,
     seed: int = 0,
     ids: Tensor | None = None,
@@ -125,7 +129,7 @@ def frozen(
     Arguments and what comes back: as in `afresh`.
     """
 
-    batches = _batches(model, x, y, attack, objective, batch_size, seed, ids, mode)
+    batches = _batches(model, x, y, attack, objective, attack_on, batch_size, seed, ids, mode)
     return [partial(batch.loss, batch.attacked()) for batch in batches]
 
 
@@ -142,6 +146,7 @@ class _Batch:
     model: nn.Module
     objective: Objective
     attack: PGD | None
+    attack_on: AttackOn
     x: Tensor
     y: Tensor
     seed: int
@@ -154,7 +159,7 @@ class _Batch:
         if self.attack is None:
             return self.x
         with in_mode(self.model, self.mode), buffers_kept(self.model):
-            f = self.objective.inner(self.model, self.x, self.y)
+            f = self.objective.inner(self.attack_on(self.model), self.x, self.y)
             return self.attack(f, self.x, start=start, generator=PerExample(self.seed, self.ids))
 
     def afresh(self) -> Tensor:
@@ -171,6 +176,7 @@ def _batches(
     y: Tensor,
     attack: PGD | None,
     objective: Objective | None,
+    attack_on: AttackOn,
     batch_size: int,
     seed: int,
     ids: Tensor | None,
@@ -182,4 +188,7 @@ def _batches(
         raise ValueError(f"y: expected as many labels as images, and some, got {len(y)} for {len(x)}")
     names, of = torch.arange(len(x)) if ids is None else ids, AT() if objective is None else objective
     parts = zip(*(torch.split(tensor, batch_size) for tensor in (x, y, names)), strict=True)
-    return [_Batch(model, of, attack, x_b, y_b, seed, ids_b, mode, len(x_b) / len(x)) for x_b, y_b, ids_b in parts]
+    return [
+        _Batch(model, of, attack, attack_on, x_b, y_b, seed, ids_b, mode, len(x_b) / len(x))
+        for x_b, y_b, ids_b in parts
+    ]
