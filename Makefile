@@ -13,7 +13,7 @@ test: .venv/dev ## every test that is not slow
 	$(BIN)/python -m pytest -n 2
 
 test-slow: .venv/dev ## fresh processes, kills, whole commands
-	$(BIN)/python -m pytest -n 2 -m slow
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m slow
 
 test-all: test test-slow ## all tests
 

@@ -19,7 +19,7 @@ from saltflat import PGD, Linf
 from saltflat.data import folder as image_folder
 from saltflat.data import image_arrays
 from saltflat.evaluation import checks
-from saltflat.lab.cli import parsed
+from saltflat.lab.cli import main, parsed
 from saltflat.lab.measures import MEASURES
 from saltflat.lab.recipes import RECIPES, adversary
 from saltflat.lab.study import gap, listing
@@ -110,7 +110,9 @@ def hurried(words: list[str]) -> list[str]:
 
 
 def play(page: str, folder: Path, commands: bool) -> int:
-    """Run a page in a folder; how many commands were run. A block that begins with a file's name is that file, too."""
+    """Run a page in a folder, which is the current one; how many commands were run. A block that begins with a file's
+    name is that file, too.
+    """
     names: dict[str, object] = {"__name__": "page"}
     run = 0
     for language, block in FENCED.findall(PAGES[page]):
@@ -121,9 +123,7 @@ def play(page: str, folder: Path, commands: bool) -> int:
         if language == "sh" and commands:
             for command in commands_of(block):
                 if page == "tutorial.md" or not NOT_HERE.search(command):
-                    words = [sys.executable, "-m", *hurried(shlex.split(command))]
-                    done = subprocess.run(words, cwd=folder, capture_output=True, text=True)
-                    assert done.returncode == 0, (command, done.stderr)
+                    main(hurried(shlex.split(command))[1:])
                     run += 1
     return run
 
