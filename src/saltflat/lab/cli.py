@@ -74,7 +74,7 @@ def _asked_for(words: list[str]) -> Job:
 
 def _check_names(words: Sequence[str]) -> None:
     """BadInput for a command, a study or a recipe that nobody knows: tyro would take it for an option."""
-    commands = dict.fromkeys(["train", *(name.split()[0] for name in NAMED)])  # which has a parser for each recipe
+    commands = dict.fromkeys(["train", *(name.split()[0] for name in NAMED)])  # train has a parser for each recipe
     _check_name("command", words[0], commands, f"expected one of {', '.join(commands)}")
     if words[0] == "study":
         studies = [name.split()[1] for name in NAMED if name.startswith("study ")]

@@ -122,9 +122,7 @@ def _measured(of: Subject, x: Tensor, y: Tensor, how: How) -> dict[str, float]:
 
 
 def _outcomes(of: Subject, x: Tensor, y: Tensor, steps: int, how: How) -> Outcomes:
-    attack = of.threat.pgd(steps) if steps else None
-
-    attack_on = leaner()
+    attack, attack_on = of.threat.pgd(steps) if steps else None, leaner()
 
     def answered(rows: Tensor) -> Outcomes:
         x_adv = attacked(of.model, x[rows], y[rows], attack, attack_on=attack_on, seed=how.seed, ids=rows)

@@ -112,8 +112,8 @@ class Shown:
     def attacked(self) -> Tensor:
         """x' at w, all of them."""
         parts = torch.split(torch.arange(len(self.x)), self.how.batch_size)
-        of = partial(attacked, self.model, attack_on=self.attack_on, seed=self.how.seed)
-        return torch.cat([of(self.x[rows], self.y[rows], self.attack, ids=rows) for rows in parts])
+        found = partial(attacked, self.model, attack_on=self.attack_on, seed=self.how.seed)
+        return torch.cat([found(self.x[rows], self.y[rows], self.attack, ids=rows) for rows in parts])
 
     @property
     def _drawn(self) -> dict[str, Any]:
