@@ -209,7 +209,7 @@ def _after(of: Subject, described: Sequence[Described], done: Done, x: Tensor, y
 
 
 def _weak_pgd(of: Subject, x: Tensor, y: Tensor, how: How) -> Flag | None:
-    """It takes as many gradients as a suite does for some hundred examples, and says so."""
+    """Up to 1,020 gradients an example, about as many as `fast` may take, so that a person is told."""
     say(f"last, whether plain PGD had converged: longer runs on {len(y)} examples")
     x, network = prepared(x, of.model), lean(of.model)
     with progress() as bar:
