@@ -75,7 +75,7 @@ def test_the_python_blocks_of_the_family_run_one_after_the_other():
     names: dict[str, object] = {}
     for block in blocks("family.md", "python"):
         exec(block, names)
-    assert len(blocks("family.md", "python")) == 2
+    assert len(blocks("family.md", "python")) == 3
 
 
 def test_the_python_block_on_performance_runs():

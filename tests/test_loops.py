@@ -77,8 +77,9 @@ def trained(loop, model, *arguments):
 def test_every_loop_of_the_page_is_tested(page):
     loops = {name for name, value in page.items() if getattr(value, "__module__", None) == "loops"} - {"sgd"}
     others = {"smoothed", "accumulated", "mixed", "Classifier", "lightning", "with_fabric", "with_accelerate"}
-    assert loops == {"plain", *others}
-    assert TEXT.count("```python") == 8
+    late_and_paired = {"from_the_tenth", "Paired", "paired", "lightning_trades"}
+    assert loops == {"plain", *others, *late_and_paired}
+    assert TEXT.count("```python") == 10
 
 
 def test_the_pages_links_lead_somewhere():
@@ -168,14 +169,35 @@ def one_v_each(page, model, batches, start_of, accumulate=1):
             optimizer.zero_grad()
 
 
+QUIET = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
+
+
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_lightning_is_the_plain_loop_to_the_bit(page, accumulate):
     model = network()
-    quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
-    loop = partial(page["lightning"], accelerator="cpu", accumulate_grad_batches=accumulate, **quiet)
+    loop = partial(page["lightning"], accelerator="cpu", accumulate_grad_batches=accumulate, **QUIET)
     found = trained(loop, model, loader())
     expected = trained(partial(one_v_each, page), model, batches(), lambda index: seeded(0, 0, index, 0), accumulate)
     assert equal_states(found, expected)
+
+
+def test_lightning_with_trades_is_the_plain_loop_to_the_bit():
+    page, model = blocks(), network()
+    found = trained(partial(page["lightning_trades"], accelerator="cpu", **QUIET), model, loader())
+    of_at = trained(partial(one_v_each, page), model, batches(), lambda index: seeded(0, 0, index, 0), 1)
+    page["objective"] = page["trades"]
+    expected = trained(partial(one_v_each, page), model, batches(), lambda index: seeded(0, 0, index, 0), 1)
+    assert equal_states(found, expected)
+    assert not equal_states(found, of_at)
+
+
+def test_weights_climb_from_the_tenth_epoch_on(page):
+    model, ((x, y), *_) = network(), batches()
+    before = state(model)
+    for epoch in (0, 8, 9, 20):
+        with page["from_the_tenth"](model, lambda: torch.nn.functional.cross_entropy(model(x), y), epoch):
+            assert equal_states(state(model), before) == (epoch < 9)
+        assert equal_states(state(model), before)
 
 
 def fabric(precision):

@@ -2,6 +2,7 @@
 
 import re
 import shlex
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -84,3 +85,10 @@ def said(svg: str) -> list[str]:
 def test_a_block_that_is_stale_is_noticed():
     stale = README.replace("±", "+")
     assert made_anew(stale, ROOT) == README != stale
+
+
+def test_every_extra_is_named():
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    said = README.partition("Into an environment that you have")[2].partition("Then [the tutorial]")[0]
+    asked = re.search(r"pip install -e \"\.\[([\w,]+)\]\"", said)[1].split(",")
+    assert {*asked, *re.findall(r"`(\w+)`", said)} == set(extras)
