@@ -3,6 +3,7 @@
 import copy
 import weakref
 from collections import Counter
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 
@@ -17,8 +18,9 @@ from torch import nn
 from saltflat import AT, MART, PGD, TRADES, Layerwise, Linf, PerExample, double_perturbation_step, perturbed
 from saltflat.inputs import gaussian
 from saltflat.neighbours.accumulated import _parts, accumulated_step, cheaply_accumulated_step
+from saltflat.neighbours.random_wp import Gaussian, drawn
 from saltflat.neighbours.robust_wp import accumulated, below
-from saltflat.random import Rows
+from saltflat.random import Rows, seeded
 
 ATTACK, BALL = PGD(Linf(8 / 255), 4 / 255, 2), Layerwise(0.05)
 OBJECTIVES = {"at": AT(), "trades": TRADES(6.0), "mart": MART(5.0)}
@@ -197,6 +199,38 @@ def test_the_cheap_form_is_a_climb_for_each_micro_batch():
     for name, tensor in state(by_hand).items():
         torch.testing.assert_close(tensor, state(model)[name], rtol=0, atol=1e-14)
     torch.testing.assert_close(torch.stack([found.loss, found.perturbed_loss]), torch.tensor(losses).double().sum(0))
+
+
+def test_a_generator_that_attacks_and_climbs_share_goes_on_for_the_climbs():
+    """Each v_c is a draw of its own; and the attacks draw what the whole batch draws."""
+    (x, y), model, drawn_v, ends = batch(8), convolutional(batch_norm=False), [], []
+
+    @contextmanager
+    def noted(*given, **more):
+        with drawn(*given, **more) as ascent:
+            drawn_v.append(next(iter(ascent.displacement.values())).flatten()[0].item())
+            yield ascent
+
+    for ball in (None, Gaussian(0.1)):
+        g = seeded(0)
+        step = cheaply_accumulated_step(
+            model, x, y, objective=AT(), attack=replace(ATTACK, steps=1, step_size=0.0), ball=ball,
+            optimizer=torch.optim.SGD(model.parameters(), lr=0.0), micro_batches=4,
+            climb=partial(noted, generator=g), generator=g,
+        )  # fmt: skip
+        ends.append(step.x_adv)
+    assert len({*drawn_v}) == len(drawn_v) == 4
+    assert torch.equal(*ends)
+
+
+def test_rows_that_are_taken_again_are_not_counted_as_skipped():
+    (x, y), model = batch(2), nn.Sequential(nn.Flatten(), nn.Linear(3 * 6 * 6, 3)).double()
+    for parts in (2, 5):
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+        step = cheaply_accumulated_step(
+            model, x, y, objective=AT(), attack=None, ball=Layerwise(0.1), optimizer=optimizer, micro_batches=parts
+        )
+        assert step.skipped == 0
 
 
 def test_the_cheap_form_is_another_step():

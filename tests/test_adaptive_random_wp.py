@@ -90,6 +90,19 @@ def test_arwp_forgets_a_block_that_fails_and_keeps_no_reference_to_gradients():
     assert identical(memory, kept)
 
 
+def test_arwp_remembers_what_its_block_adds_to_gradients_that_were_there():
+    memories = []
+    for before in (None, torch.full((2, 3), 7.0)):
+        model, memory = nn.Linear(3, 2), {}
+        nn.init.ones_(model.weight)
+        model.weight.grad = before
+        with adaptive_random_wp(model, 0.0, generator(), memory=memory):
+            model(torch.ones(4, 3)).sum().backward()
+        memories.append(memory["squared_gradients.weight"])
+    torch.testing.assert_close(*memories)
+    assert bool((memories[0] > 0).all())
+
+
 def test_arwp_s_memory_stays_finite_where_squares_overflow():
     """A finite gradient whose square is not would silence its filter for ever: beta times infinity is infinity."""
     model, memory = nn.Linear(3, 2), {}

@@ -11,18 +11,21 @@ from networks import batch, convolutional, equal_states, state
 from torch import nn
 
 from saltflat import AT, Global, Layerwise, Natural, double_perturbation_step, perturbed
-from saltflat.averaging import reestimate_statistics
+from saltflat.averaging import ema, reestimate_statistics
 from saltflat.data import Images
 from saltflat.lab import adversaries, record, trainings
 from saltflat.models import small_resnet
+from saltflat.neighbours.accumulated import accumulated_step, cheaply_accumulated_step
 from saltflat.neighbours.adaptive_random_wp import PREFIX, adaptive_random_wp
+from saltflat.neighbours.amortised import amortised_step
 from saltflat.neighbours.free import NAME, free_step
 from saltflat.neighbours.kaggle import fast_awp, kaggle_awp, momentum
 from saltflat.neighbours.random_wp import Gaussian, drawn, two_batch_step
 from saltflat.neighbours.robust_wp import accumulated
 from saltflat.neighbours.weighted import all_but_last
 from saltflat.schedules import constant
-from saltflat.train import Epoch, Plan, extra_per_batch, fit
+from saltflat.step import in_mode
+from saltflat.train import Epoch, Plan, _follow, extra_per_batch, fit
 
 
 class Growing(nn.Module):
@@ -74,6 +77,74 @@ def test_what_the_optimiser_trains_besides_the_model_is_kept_from_bad_batches():
     step = double_perturbation_step(model, x, y, objective=Scaled(), attack=None, ball=None, optimizer=optimizer)
     assert step.dropped == 1
     assert scale == 1
+
+
+@pytest.mark.parametrize(
+    "step",
+    [
+        double_perturbation_step,
+        partial(double_perturbation_step, steps=3),
+        partial(double_perturbation_step, share=0.5),
+        partial(accumulated_step, micro_batches=2),
+        partial(cheaply_accumulated_step, micro_batches=2),
+        lambda *batch, **given: free_step(*batch, memory={}, replays=1, **given),
+        amortised_step,
+    ],
+    ids=["one step", "three steps", "a share at w", "accumulated", "cheaply", "free", "amortised"],
+)
+def test_what_the_optimiser_trains_besides_the_model_has_the_gradient_of_the_descent_alone(step):
+    """In a ball so small that w + v is w, it is that of plain training; and those that nobody trains do not add up."""
+
+    class Scaled(AT):
+        def outer(self, model, x, x_adv, y):
+            return nn.functional.cross_entropy(model(x_adv) * scale, y)
+
+    (x, y), model, scale = batch(), convolutional(batch_norm=False), nn.Parameter(torch.tensor(1.5))
+    first, *rest = model.parameters()
+    optimizer = torch.optim.SGD([*rest, scale], lr=0.0)
+    step(model, x, y, objective=Scaled(), attack=ATTACK, ball=None, optimizer=optimizer)
+    expected = [p.grad.clone() for p in (first, *rest, scale)]
+    for _ in range(2):
+        step(model, x, y, objective=Scaled(), attack=ATTACK, ball=Layerwise(1e-9), optimizer=optimizer)
+        torch.testing.assert_close([p.grad for p in (first, *rest, scale)], expected, rtol=1e-5, atol=1e-9)
+    assert scale.requires_grad
+
+
+def test_buffers_that_lie_in_one_place_are_no_obstacle():
+    model = nn.Linear(3, 2)
+    model.register_buffer("same", torch.ones(1).expand(3))
+    optimizer, (x, y) = sgd(model), (torch.rand(4, 3), torch.arange(4) % 2)
+    for ball in (None, Layerwise(0.1)):
+        step = double_perturbation_step(model, x, y, objective=AT(), attack=None, ball=ball, optimizer=optimizer)
+        assert step.dropped == 0
+    assert torch.equal(model.same, torch.ones(3))
+
+
+class Merging(nn.Linear):
+    """In eval mode its two matrices are one, as in adapters that are merged for inference."""
+
+    def __init__(self):
+        super().__init__(3, 2)
+        self.low, self.merged = nn.Parameter(torch.zeros(2, 3)), False
+
+    def train(self, mode=True):
+        self.merged = not mode
+        return super().train(mode)
+
+    def forward(self, x):
+        return super().forward(x) if self.merged else super().forward(x) + x @ self.low.T
+
+
+@pytest.mark.parametrize("outside", [True, False])
+def test_modules_that_do_more_than_set_a_flag_go_back_to_training(outside):
+    model = nn.Sequential(Merging(), nn.Sequential(nn.Dropout(), Merging()))
+    model[1][1].train(outside)
+    with in_mode(model, "eval"):
+        assert model[0].merged
+        assert model[1][1].merged
+    assert (model[0].training, model[0].merged) == (True, False)
+    assert (model[1].training, model[1][0].training) == (True, True)
+    assert (model[1][1].training, model[1][1].merged) == (outside, not outside)
 
 
 @pytest.mark.parametrize("wrap", [lambda model: model, nn.Sequential])
@@ -328,3 +399,21 @@ def test_free_training_climbs_as_many_steps_as_it_is_told():
         generator=torch.Generator(),
     )  # fmt: skip
     assert len(gradients) == 4 * (3 + 1)
+
+
+def test_an_average_of_weights_takes_frozen_integers_along_as_torch_does():
+    class Counted(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(2, 2)
+            self.table = nn.Parameter(torch.arange(4), requires_grad=False)
+
+    model = Counted()
+    ours, torchs = ema(model, 0.9), ema(model, 0.9)
+    for _ in range(3):
+        with torch.no_grad():
+            model.linear.weight.add_(1.0)
+            model.table.add_(10)
+        _follow(ours, model, 0.9)
+        torchs.update_parameters(model)
+    assert equal_states(state(ours), state(torchs))

@@ -339,6 +339,12 @@ def test_no_mask_is_a_mask_of_ones(tmp_path):
     assert distance(found[0], found[2]) < 1e-12
 
 
+def test_a_box_of_pixels_is_refused_for_embeddings(tmp_path):
+    """On a GPU nobody looks where inputs lie, and the box would move them by far more than eps."""
+    with pytest.raises(ValueError, match=r"^attack: embeddings lie in no box, .* got \(0.0, 1.0\)$"):
+        trained(tmp_path, bert(), max_steps=1, ball=None, attack=PGD(Linf(0.01), 0.01, 1))
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -221,6 +221,18 @@ def test_an_optimizer_of_other_weights_is_refused():
 
 
 @pytest.mark.usefixtures("group")
+def test_a_state_of_other_groups_of_weights_is_refused():
+    """Their own numbers would go to the wrong weights, by their place."""
+    model = nn.ModuleDict({"a": nn.Linear(2, 2, bias=False), "b": nn.Linear(2, 2, bias=False)})
+    one, other = ([{"params": model[name].parameters()} for name in names] for names in ("ab", "ba"))
+    optimizer = torch.optim.SGD(one, lr=0.1)
+    state = Alone(model).state(optimizer)
+    Alone(model).load(optimizer, state)
+    with pytest.raises(ValueError, match=r"^state: expected equal groups of weights, but 'a.weight' is in another"):
+        Alone(model).load(torch.optim.SGD(other, lr=0.1), state)
+
+
+@pytest.mark.usefixtures("group")
 @pytest.mark.parametrize(("step", "exchanges"), [(accumulated_step, 2), (cheaply_accumulated_step, 3 + 1)])
 def test_micro_batches_exchange_gradients_once_a_pass(step, exchanges):
     """The ascent and the descent of the whole; the cheap form's every ascent, and its descent."""
@@ -417,12 +429,17 @@ def adding_up():
         sharded()
 
 
+TYPES = ("int16", "uint16", "complex64", "float8_e4m3fn")
+
+
 def told(folder):
     rank = parallel.rank()
     calls = []
     model = network(seed=rank, norm=True)
     model.register_buffer("flags", torch.tensor([rank == 0, True]))
     model.register_buffer("odd", torch.arange(6.0).reshape(2, 3).t() + rank)
+    for name in TYPES:
+        model.register_buffer(f"of torch {name}", torch.tensor([rank, 1.0]).to(getattr(torch, name)))
     parallel.same_buffers(model)
     answers = {
         "who": (rank, parallel.ranks()),
@@ -499,6 +516,7 @@ def test_ranks_tell_each_other(both):
         assert answers["shared_out"] == [(0, 0), (1, 1), (2, 0), (3, 1), (4, 0)]
     expected = dict(network(seed=0, norm=True).named_buffers())
     expected |= {"flags": torch.tensor([True, True]), "odd": torch.arange(6.0).reshape(2, 3).t()}
+    expected |= {f"of torch {name}": torch.tensor([0.0, 1.0]).to(getattr(torch, name)) for name in TYPES}
     for answers in both:
         assert equal_states(answers["buffers"], expected)
     assert equal_states(one["settled"], other["settled"])

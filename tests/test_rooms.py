@@ -96,7 +96,7 @@ def lines_of_code(path: Path) -> int:
 
 
 def test_the_core_stays_small():
-    assert sum(lines_of_code(SOURCE / f"{name}.py") for name in CORE) <= 770
+    assert sum(lines_of_code(SOURCE / f"{name}.py") for name in CORE) <= 800
 
 
 def test_public_names_are_spelled_out_once_for_types_and_once_for_looking_up():

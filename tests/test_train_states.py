@@ -209,6 +209,58 @@ def test_batches_that_are_not_finite_but_not_in_a_row_end_training_after_the_epo
     assert torch.equal(error.batch["y"], y)
 
 
+def test_a_batch_of_an_epoch_that_went_well_is_not_to_blame_for_another(sets):
+    """One batch of the first epoch is dropped; in the second, weights become infinite without one."""
+    taken = iter(range(10**6))
+
+    def step(model, x, y, **other):
+        number = next(taken)
+        found = double_perturbation_step(
+            model, x, y, **{**other, "objective": NotFinite(other["objective"], number == 1)}
+        )
+        if number == 5:
+            nn.init.constant_(next(model.parameters()), torch.inf)
+        return found
+
+    model = build.network(CONFIG, sets[0])
+    plan = replace(build.plan(CONFIG, 10), step=step, attack=lambda t: None, ball=lambda t: None)
+    with pytest.raises(Diverged, match=r"^epoch 2: .* is not finite") as error:
+        list(fit(model, sets[0], {}, plan, build.optimizer(CONFIG, model)))
+    assert error.value.batch == {}
+
+
+@pytest.mark.parametrize(("bad", "told"), [((3, 4), 4), ((3, 4, 5), 4), ((4, 5), 4)])
+def test_after_a_short_batch_the_last_whole_one_is_told_of(bad, told, sets):
+    """A training is gone on with at the last, small batch of its first epoch; in its second, batches are dropped."""
+    given = {}
+
+    def step_of(numbers):
+        taken = iter(numbers)
+
+        def step(model, x, y, **other):
+            number = next(taken)
+            given[number] = x
+            return double_perturbation_step(
+                model, x, y, **{**other, "objective": NotFinite(other["objective"], number in bad)}
+            )
+
+        return step
+
+    def training(numbers, state):
+        model = build.network(CONFIG, sets[0])
+        plan = replace(build.plan(CONFIG, 10), step=step_of(numbers))
+        return fit(model, sets[0], {}, plan, build.optimizer(CONFIG, model), state=state)
+
+    first = training(range(3), None)
+    next(first)
+    kept = io.BytesIO()
+    torch.save(next(first).state(), kept)
+    with pytest.raises(Diverged, match=r"^epoch 2: ") as error:
+        list(training(range(2, 6), loaded(kept.getvalue())))
+    assert len(given[2]) < len(given[told])
+    assert torch.equal(error.value.batch["x"], given[told])
+
+
 def test_fewer_than_a_hundred_in_a_row_are_dropped_and_counted(sets):
     taken = iter(range(10**6))
 

@@ -67,6 +67,22 @@ def test_a_loss_that_reaches_nothing_and_names_that_are_none_are_refused():
     )
 
 
+@pytest.mark.parametrize("shape", [(), (1,), (4,), (3, 1)])
+def test_tensors_of_another_shape_are_refused_and_not_broadcast(shape):
+    model = nn.Linear(4, 3)
+    v = {"weight": torch.ones(shape)}
+    blocks = {
+        "loss": lambda: perturbed(model, v, Layerwise(0.1)),
+        "start": lambda: perturbed(model, lambda: model(torch.ones(1, 4)).sum(), Layerwise(0.1), start=v),
+        "displacement": lambda: displaced(model, v),
+    }
+    before = state(model)
+    for argument, block in blocks.items():
+        with pytest.raises(ValueError, match=rf"^{argument}: expected \(3, 4\) for 'weight', got "), block():
+            pass
+    assert equal_states(state(model), before)
+
+
 def test_a_climb_whose_steps_reach_different_tensors_stays_in_the_global_ball():
     model, calls = nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 2)]), []
 

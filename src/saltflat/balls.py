@@ -437,6 +437,16 @@ def copies(tensors: Mapping[Any, Tensor]) -> dict[Any, Tensor]:
     return made
 
 
+def expanded(tensor: Tensor) -> bool:
+    """Whether several of its numbers lie in one place, so that torch writes nothing into it.
+
+    >>> expanded(torch.zeros(1).expand(3)), expanded(torch.zeros(3))
+    (True, False)
+    """
+    strided = tensor.layout == torch.strided
+    return strided and any(n > 1 and step == 0 for n, step in zip(tensor.shape, tensor.stride(), strict=True))
+
+
 def norms(tensors: Sequence[Tensor], order: float = 2) -> Tensor:
     """The norm of every tensor, (L,), on the first one's device and in its unit; 0 for one without numbers.
 
@@ -469,7 +479,7 @@ def bits(tensors: Iterable[Tensor]) -> list[Tensor]:
 
 
 def _rows(tensor: Tensor) -> Tensor:
-    return tensor.reshape(len(tensor), math.prod(tensor.shape[1:]))
+    return tensor.reshape(*tensor.shape[:1] or [1], math.prod(tensor.shape[1:]))
 
 
 def _joined(tensors: Weights) -> Tensor:

@@ -433,6 +433,11 @@ def _load(model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, A
         raise ValueError(
             f"state: expected {len(optimizer.param_groups)} groups of weights, got {len(kept['param_groups'])}"
         )
+    names = _names(model, optimizer)
+    for number, (group, mine) in enumerate(zip(kept["param_groups"], optimizer.param_groups, strict=True)):
+        here, names = names[: len(mine["params"])], names[len(mine["params"]) :]
+        if strange := sorted({*here} ^ {*group["params"]}):
+            raise ValueError(f"state: expected equal groups of weights, but {strange[0]!r} is in another than {number}")
     numbers = {name: i for i, name in enumerate(_names(model, optimizer))}
     model.load_state_dict({name: _laid(value, own.get(name)) for name, value in state["model"].items()})
     optimizer.load_state_dict(
@@ -540,7 +545,7 @@ def same_buffers(model: nn.Module) -> None:
         by_type.setdefault(buffer.dtype, []).append(buffer)
     for buffers in by_type.values():
         packed = torch.cat([buffer.reshape(-1) for buffer in buffers])
-        distributed.broadcast(packed, 0)
+        distributed.broadcast(packed.view(torch.uint8), 0)  # backends know few types
         parts = torch.split(packed, [buffer.numel() for buffer in buffers])
         torch._foreach_copy_(buffers, [part.view(of.shape) for part, of in zip(parts, buffers, strict=True)])
 

@@ -14,7 +14,7 @@ bottom. Source: Wu, Xia, Wang, NeurIPS 2020, arXiv 2004.05884.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from saltflat.balls import Weights, alike, bits, copies, norms, own
+from saltflat.balls import Weights, alike, bits, copies, expanded, norms, own
 from saltflat.inputs import InputAdversary
 from saltflat.objectives import Objective
 from saltflat.parallel import everywhere
@@ -97,7 +97,8 @@ def double_perturbation_step(
         objective: `AT()`, `TRADES(6.0)`, `MART(6.0)`, or any pair of `inner` and `outer`.
         attack: the input adversary, `PGD(...)` (K1 is its `steps`), or None to leave x alone.
         ball: the weight adversary's, `Layerwise(gamma)`; None or radius 0 skips the ascent.
-        optimizer: stepped once; its gradients are cleared first and left for inspection.
+        optimizer: stepped once; its gradients and the model's are cleared first and left for inspection. What it trains
+            besides the model, such as a scale in the objective, is not perturbed, and has the gradient at w + v.
         climb: what finds v: `perturbed`, or a function that is called like it (`saltflat.neighbours`), with whatever it
             needs besides bound to it: `partial(drawn, generator=generator)`.
         climbed: (model, x, x_adv, y) -> scalar, what it is asked to maximise; default `objective.outer`.
@@ -146,7 +147,7 @@ def double_perturbation_step(
         raise ValueError(f"alternations: expected 1 without a weight adversary, got {alternations!r}")
     climb = climb if where is None else partial(climb, where=where)
     drop = dropping(model, optimizer)
-    optimizer.zero_grad()
+    cleared(model, optimizer)
 
     def attacked(v: Weights, x_adv: Any) -> Any:
         if attack is None:
@@ -157,9 +158,7 @@ def double_perturbation_step(
     def loss() -> Tensor:
         return objective.outer(model, x, x_adv, y)
 
-    def height() -> Tensor:
-        return (climbed or objective.outer)(model, x, x_adv, y)
-
+    height = fixing(beside(model, optimizer), lambda: (climbed or objective.outer)(model, x, x_adv, y))
     x_adv = attacked({}, None)
     if ball is None:
         value = loss()
@@ -185,7 +184,8 @@ def double_perturbation_step(
             optimizer.step()
     if not step_inside:
         if share < 1:
-            torch._foreach_mul_([p.grad for p in model.parameters() if p.grad is not None], share)
+            given = [*model.parameters(), *beside(model, optimizer)]
+            torch._foreach_mul_([p.grad for p in given if p.grad is not None], share)
             rest = loss()
             ((1 - share) * rest).backward()  # type: ignore[no-untyped-call]
         dropped = drop()
@@ -194,6 +194,41 @@ def double_perturbation_step(
     at_w = [done.value for done in climbs if climbed is None] + ([rest.detach()] if share < 1 else [])
     first = next((found for found in at_w if found is not None), value.detach())
     return Step(first, value.detach(), x_adv, torch.stack([done.skipped for done in climbs]).sum(), dropped)
+
+
+def beside(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
+    """What the optimizer trains besides the model, such as a scale in the objective."""
+    own = {*model.parameters()}
+    return [p for group in optimizer.param_groups for p in group["params"] if p not in own]
+
+
+def cleared(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """All gradients of both, or those of what is trained, but not by this optimizer, would add up from step to step."""
+    optimizer.zero_grad()
+    model.zero_grad()
+
+
+def fixing(parameters: Iterable[nn.Parameter], of: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """`of`, in which these are constants: a climb is in the model's weights, and leaves no gradient in others, where
+    the descent's would be added to it.
+
+    >>> w, scale = nn.Parameter(torch.ones(())), nn.Parameter(torch.ones(()))
+    >>> fixing([scale], lambda: w * scale)().backward()
+    >>> w.grad, scale.grad
+    (tensor(1.), None)
+    """
+    trained = [parameter for parameter in parameters if parameter.requires_grad]
+
+    def fixed(*given: Any) -> Tensor:
+        try:
+            for parameter in trained:
+                parameter.requires_grad_(False)
+            return of(*given)
+        finally:
+            for parameter in trained:
+                parameter.requires_grad_(True)
+
+    return fixed
 
 
 def dropping(model: nn.Module, optimizer: torch.optim.Optimizer) -> Callable[[], Tensor]:
@@ -211,7 +246,7 @@ def dropping(model: nn.Module, optimizer: torch.optim.Optimizer) -> Callable[[],
 
     @torch.no_grad()
     def drop() -> Tensor:
-        given = dict.fromkeys([*model.parameters(), *(p for group in optimizer.param_groups for p in group["params"])])
+        given = [*model.parameters(), *beside(model, optimizer)]
         gradients = [p.grad._values() if p.grad.is_sparse else p.grad for p in given if p.grad is not None]
         finite = norms(own(gradients) or [torch.zeros(1)], math.inf).isfinite().all()
         bad = ~everywhere(finite, given)
@@ -227,7 +262,8 @@ def undoing(model: nn.Module) -> Callable[[Tensor], None]:
     """Takes the model's buffers as they are; what comes back puts them back, if it is given a true tensor, on the
     device.
     """
-    kept = copies({name: buffer for name, buffer in model.named_buffers() if not is_lazy(buffer)})
+    found = {name: buffer for name, buffer in model.named_buffers() if not is_lazy(buffer)}
+    kept = copies({name: buffer for name, buffer in found.items() if not expanded(buffer)})
 
     @torch.no_grad()
     def undo(condition: Tensor) -> None:
@@ -244,8 +280,8 @@ def undoing(model: nn.Module) -> Callable[[Tensor], None]:
 
 @contextmanager
 def in_mode(model: nn.Module, mode: Mode) -> Iterator[None]:
-    """The whole model in "eval" or "train" mode inside the block; every module has its own mode back afterwards.
-    ValueError for any other mode.
+    """The whole model in "eval" or "train" mode inside the block; every module has its own mode back afterwards, by its
+    own `train`, which may do more than set a flag. ValueError for any other mode.
 
     >>> model = nn.Sequential(nn.Dropout(), nn.BatchNorm1d(2).eval())
     >>> with in_mode(model, "eval"):
@@ -261,5 +297,6 @@ def in_mode(model: nn.Module, mode: Mode) -> Iterator[None]:
         model.train(mode == "train")
         yield
     finally:
-        for module, training in modes:
-            module.training = training
+        for module, training in modes:  # from the model down, since each takes what is below it along
+            if module.training != training:
+                module.train(training)

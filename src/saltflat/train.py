@@ -25,6 +25,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from saltflat import parallel
 from saltflat.averaging import ema, reestimate_statistics, swa
+from saltflat.balls import alike
 from saltflat.data.images import Images, to_float
 from saltflat.data.stored import Stored, order, shape_of
 from saltflat.data.stored import batches as read_batches
@@ -249,6 +250,7 @@ def fit(
 
     for epoch in range(now.epoch + 1, plan.epochs + 1):
         began = time.perf_counter()
+        dropped.begin()
         rows_of_epoch = _order(train, seeded(plan.seed, epoch, ORDER))
         generator = seeded(plan.seed, epoch, DRAWS, device=device)
         drawn = _drawn(extra, batches, plan.batch_size, seeded(plan.seed, epoch, EXTRA)).to(device)
@@ -478,7 +480,9 @@ def _own(
 
 
 class _Dropped:
-    """How many batches were dropped in a row, and the last of them; all on the device."""
+    """How many batches were dropped in a row, and the last whole one of them, all on the device; of this epoch, or of
+    those before if nothing but dropped ones lie between.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self.in_a_row = torch.zeros((), dtype=torch.int64, device=device)
@@ -486,10 +490,14 @@ class _Dropped:
         self.x: Tensor | None = None
         self.y: Tensor | None = None
 
+    def begin(self) -> None:
+        """An epoch begins."""
+        self.held = self.held & (self.in_a_row > 0)
+
     @torch.no_grad()
     def see(self, found: Step, x: Tensor, y: Tensor) -> None:
         bad = found.dropped > 0
-        if self.x is None or self.y is None:
+        if self.x is None or self.y is None or len(x) > len(self.x):  # the first seen may have been an epoch's last
             self.x, self.y, self.held = x.clone(), y.clone(), bad
         elif self.x.shape == x.shape:
             self.x, self.y = torch.where(bad, x, self.x), torch.where(bad, y, self.y)
@@ -525,9 +533,13 @@ def _follow(average: AveragedModel, model: nn.Module, decay: float) -> None:
     if int(average.n_averaged) == 0:  # which stands on the CPU
         torch._foreach_copy_(own, new)
     else:
-        torch._foreach_lerp_(own, new, 1 - decay)
-    for buffer, newest in zip(average.module.buffers(), model.buffers(), strict=True):
-        buffer.copy_(newest)
+        for mean, newest in alike(own, new):
+            if mean[0].is_floating_point() or mean[0].is_complex():
+                torch._foreach_lerp_(mean, newest, 1 - decay)
+            else:  # as torch has it
+                torch._foreach_copy_(mean, [m * decay + n * (1 - decay) for m, n in zip(mean, newest, strict=True)])
+    for buffer, now in zip(average.module.buffers(), model.buffers(), strict=True):
+        buffer.copy_(now)
     average.n_averaged += 1
 
 

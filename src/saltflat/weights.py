@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from saltflat.balls import WeightBall, Weights, alike, check_radius, copies, copy, norms
+from saltflat.balls import WeightBall, Weights, alike, check_radius, copies, copy, expanded, norms
 from saltflat.parallel import refuse_others, reshard
 
 Closure = Callable[[], Tensor]
@@ -76,7 +76,7 @@ def displaced(model: nn.Module, displacement: Weights) -> Iterator[None]:
     Args:
         displacement: {name: v}, by the names of `model.named_parameters()`.
 
-    Raises: KeyError for a name that the model does not have.
+    Raises: KeyError for a name that the model does not have; ValueError for a v of another shape than its w.
 
     >>> model = nn.Linear(2, 1)
     >>> with displaced(model, {"weight": torch.ones(1, 2)}):
@@ -86,6 +86,7 @@ def displaced(model: nn.Module, displacement: Weights) -> Iterator[None]:
     """
     parameters = dict(model.named_parameters())
     parameters = {name: parameters[name] for name in displacement}
+    _check_shapes("displacement", displacement, parameters)
     with given_back(parameters) as centre:
         place(parameters, centre, displacement)
         yield
@@ -146,12 +147,14 @@ def perturbed(
             it steps inside, at w + v, and v is taken off afterwards: weight decay then acts on w + v, as in the
             official code.
 
-    Yields: an `Ascent`. Tied weights are perturbed once; tensors that the loss does not reach, not at all.
+    Yields: an `Ascent`. Tied weights are perturbed once; tensors that the loss does not reach, not at all. A loss that
+    also reaches parameters outside of the model adds its gradient to theirs at every step: clear it inside the block,
+    or give a module that holds them all and choose by `where`.
 
     Raises: ValueError for steps < 1, a given gradient with steps > 1, a `where` that chooses nothing, names that were
-    not chosen, or a loss that reaches no chosen weight; TypeError for a loss that is no closure, or returns no scalar;
-    RuntimeError (after w was given back) if a weight was changed inside the block without `step_inside=True`. A change
-    through `p.data` cannot be seen, and is lost.
+    not chosen, tensors of another shape than their weight, or a loss that reaches no chosen weight; TypeError for a
+    loss that is no closure, or returns no scalar; RuntimeError (after w was given back) if a weight was changed inside
+    the block without `step_inside=True`. A change through `p.data` cannot be seen, and is lost.
 
     >>> model = nn.Linear(2, 1, bias=False)
     >>> _ = nn.init.constant_(model.weight, 3.0)
@@ -175,6 +178,7 @@ def perturbed(
     for argument, tensors in (("start", start or {}), ("loss", given)):
         if strange := [name for name in tensors if name not in parameters]:
             raise ValueError(f"{argument}: {strange[0]!r} is none of the {len(parameters)} weights that are perturbed")
+        _check_shapes(argument, tensors, parameters)
     step = step or (ball if size == ball.radius else replace(ball, radius=size))
     with given_back(parameters) as centre:
         v, value, skipped = dict(start or {}), None, []
@@ -282,6 +286,12 @@ def climbing_gradient(
         return {name: g.to_dense() if g.is_sparse else g for name, g in found.items()}, torch.stack(values).sum()
 
 
+def _check_shapes(argument: str, tensors: Weights, parameters: Parameters) -> None:
+    for name, tensor in tensors.items():
+        if tensor.shape != (shape := parameters[name].shape):
+            raise ValueError(f"{argument}: expected {tuple(shape)} for {name!r}, got {tuple(tensor.shape)}")
+
+
 def as_closures(loss: Any) -> list[Closure]:
     """One closure or several, as a list; TypeError for anything else."""
     closures: list[Any] = list(loss) if isinstance(loss, Sequence) else [loss]
@@ -326,7 +336,7 @@ def buffers_kept(model: nn.Module) -> AbstractContextManager[None]:
 def _kept(names: Sequence[tuple[Any, str]], get: Callable[..., Any], put: Callable[..., Any]) -> Iterator[None]:
     """After the block they are the tensors that they were, or None, with the content that they had."""
     found = [(owner, name, get(owner, name)) for owner, name in names]
-    tensors = dict(enumerate(tensor for _, _, tensor in found if tensor is not None))
+    tensors = dict(enumerate(tensor for _, _, tensor in found if tensor is not None and not expanded(tensor)))
     contents = copies(tensors)
 
     def put_back() -> None:

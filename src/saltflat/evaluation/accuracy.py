@@ -138,7 +138,17 @@ def answers(model: nn.Module, x: Tensor, y: Tensor) -> Outcomes:
     """What the model says of one batch as it is, in eval mode."""
     with in_mode(model, "eval"), torch.no_grad():
         logits = model(x)
-    return Outcomes(ce(logits, y).cpu(), (logits.argmax(1) == y).cpu())
+    return Outcomes(ce(logits, y).cpu(), right(logits, y).cpu())
+
+
+def right(logits: Tensor, y: Tensor) -> Tensor:
+    """Whether each row (N, C) is highest at its class y (N,): (N,), bool. A row with a NaN, which torch takes for the
+    highest number, is not.
+
+    >>> right(torch.tensor([[2.0, 1.0], [torch.nan, 1.0]]), torch.tensor([0, 0]))
+    tensor([ True, False])
+    """
+    return (logits.argmax(1) == y) & ~logits.isnan().any(1)
 
 
 def collect(batches: Iterable[Outcomes]) -> Outcomes:

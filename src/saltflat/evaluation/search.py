@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from saltflat.balls import L2, InputBall, Linf
+from saltflat.evaluation.accuracy import right
 from saltflat.evaluation.stretch import stretch
 from saltflat.objectives import margin
 from saltflat.random import Generator, PerExample
@@ -131,7 +132,7 @@ def find(
             point = feasible(attack.ball, trial.x_adv[looks].detach(), x[at])
             with torch.no_grad():
                 answer = decide(point)
-            sure = answer.argmax(1) != y[at]
+            sure = ~right(answer, y[at])
             refused[at] = torch.fmax(refused[at], value[looks])
             value[looks] = margin(answer, y[at]).to(value.dtype)
             won = at[sure]

@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from saltflat import parallel
 from saltflat.balls import L1, InputBall
 from saltflat.data.images import to_float
+from saltflat.evaluation.accuracy import right
 from saltflat.evaluation.apgd import APGD, TargetedAPGD
 from saltflat.evaluation.fab import TargetedFAB
 from saltflat.evaluation.ratios import dlr
@@ -421,7 +422,7 @@ def _unknown(columns: Sequence[Column], n: int) -> dict[str, Verdicts]:
 
 
 def _write_clean(verdicts: Mapping[str, Verdicts], rows: Tensor, z: Tensor, y: Tensor) -> None:
-    wrong = rows[z.argmax(1) != y]
+    wrong = rows[~right(z, y)]
     for of in verdicts.values():
         of.margin[rows] = margin(z, y).float()
         of.by[wrong], of.iteration[wrong] = NATURALLY, 0

@@ -247,6 +247,8 @@ def _check(trainer: Trainer, attack: InputAdversary | None) -> None:
         raise ValueError(f"args: expected one process, or DistributedDataParallel, got {kind} with n_gpu={replicas}")
     if attack is None:
         return
+    if (box := getattr(getattr(attack, "ball", None), "box", None)) is not None:
+        raise ValueError(f"attack: embeddings lie in no box, expected a ball such as Linf(0.01, box=None), got {box}")
     model: Any = trainer.model
     # A compiled forward may have been compiled without the hook that moves the embedded tokens.
     compiled = any(isinstance(m, OptimizedModule) or m._compiled_call_impl is not None for m in model.modules())

@@ -18,7 +18,8 @@ Foret et al.'s remark on m-sharpness, arXiv 2010.01412, section 4.1.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from itertools import pairwise
 from typing import Any
@@ -31,7 +32,7 @@ from saltflat.inputs import InputAdversary
 from saltflat.objectives import Objective
 from saltflat.parallel import unsynchronised
 from saltflat.random import Generator, PerExample, Rows, base
-from saltflat.step import AttackOn, Climb, Mode, Radius, Step, dropping, in_mode, itself
+from saltflat.step import AttackOn, Climb, Mode, Radius, Step, beside, cleared, dropping, fixing, in_mode, itself
 from saltflat.weights import Ascent, Closure, Where, displaced, perturbed
 
 Loss = Callable[[nn.Module, Any, Any, Tensor], Tensor]  # (model, x, x_adv, y) -> scalar
@@ -94,7 +95,7 @@ def accumulated_step(
         raise ValueError(f"alternations: expected 1 without a weight adversary, got {alternations!r}")
     climb = climb if where is None else partial(climb, where=where)
     drop = dropping(model, optimizer)
-    optimizer.zero_grad()
+    cleared(model, optimizer)
 
     def attacked(v: Weights, x_adv: Tensor | None) -> Tensor:
         if attack is None:
@@ -104,7 +105,8 @@ def accumulated_step(
             network, found = attack_on(model), []
             for rows, share in parts:
                 f, start = objective.inner(network, x[rows], y[rows]), None if x_adv is None else x_adv[rows]
-                x_c = attack(f, x[rows], start=start, generator=drawing(rows))
+                with drawing(rows) as draws:
+                    x_c = attack(f, x[rows], start=start, generator=draws)
                 found += [x_c] if share > 0 else []
         return torch.cat(found)
 
@@ -122,7 +124,7 @@ def accumulated_step(
 
     v: Weights = {}
     climbs: list[Ascent] = []
-    height = climbed or objective.outer
+    height = fixing(beside(model, optimizer), climbed or objective.outer)
     for _ in range(alternations - 1):
         with climb(model, losses(height), ball, steps=steps, step_size=step_size, start=v) as ascent:
             v = ascent.displacement
@@ -184,15 +186,15 @@ def cheaply_accumulated_step(
     ball = ball if ball is not None and ball.radius > 0 else None
     climb = climb if where is None else partial(climb, where=where)
     drop = dropping(model, optimizer)
-    optimizer.zero_grad()
-    at_w, away, attacks, skipped = [], [], [], []
+    cleared(model, optimizer)
+    others, at_w, away, attacks, skipped = beside(model, optimizer), [], [], [], []
 
     for number, (rows, share) in enumerate(parts, 1):
         x_c, y_c = x[rows], y[rows]
         x_adv = x_c
         if attack is not None:
-            with in_mode(model, attack_mode):
-                x_adv = attack(objective.inner(attack_on(model), x_c, y_c), x_c, generator=drawing(rows))
+            with in_mode(model, attack_mode), drawing(rows) as draws:
+                x_adv = attack(objective.inner(attack_on(model), x_c, y_c), x_c, generator=draws)
         attacks += [x_adv] if share > 0 else []
         loss = partial(_share, objective.outer, share, model, x_c, x_adv, y_c)
         descent = loss if number == len(parts) else partial(_to_itself, model, loss)
@@ -200,10 +202,10 @@ def cheaply_accumulated_step(
             away.append(_descend([descent]))
             continue
         height = loss if climbed is None else partial(climbed, model, x_c, x_adv, y_c)
-        with climb(model, height, ball, steps=steps, step_size=step_size) as ascent:
+        with climb(model, fixing(others, height), ball, steps=steps, step_size=step_size) as ascent:
             away.append(_descend([descent]))
         at_w.append(away[-1] if climbed is not None or ascent.value is None else ascent.value)
-        skipped.append(ascent.skipped)
+        skipped += [ascent.skipped] if share > 0 else []
 
     dropped = drop()
     optimizer.step()
@@ -245,19 +247,29 @@ def _descend(losses: Sequence[Closure]) -> Tensor:
     return torch.stack(values).sum()
 
 
-def _drawing(generator: Generator, n: int) -> Callable[[slice], Rows]:
-    """rows -> what draws for them as it would for all n from here on, however often and for whichever rows it is asked;
-    the generator ends where it would have. Torch's global generator goes on instead.
+def _drawing(generator: Generator, n: int) -> Callable[[slice], AbstractContextManager[Rows]]:
+    """rows -> a block in which draws for them are those for all n from here on, however often and for whichever rows it
+    is asked. After the first block the generator stands where those n would have left it, after others where it stood
+    before them, so that what else is drawn from it goes on. Torch's global generator goes on always.
     """
     of = base(generator)
-    back: Callable[[], object] = lambda: None
-    if isinstance(of, PerExample):
-        back = partial(setattr, of, "draws", of.draws)
-    elif of is not None:
-        back = partial(of.set_state, of.get_state())
+    first = _place(of)
+    entered: list[slice] = []
 
-    def drawing(rows: slice) -> Rows:
-        back()
-        return Rows(generator, rows, n)
+    @contextmanager
+    def drawing(rows: slice) -> Iterator[Rows]:
+        here = _place(of)
+        first()
+        yield Rows(generator, rows, n)
+        if entered:
+            here()
+        entered.append(rows)
 
     return drawing
+
+
+def _place(of: torch.Generator | PerExample | None) -> Callable[[], object]:
+    """Where a generator stands, as what puts it there again."""
+    if isinstance(of, PerExample):
+        return partial(setattr, of, "draws", of.draws)
+    return (lambda: None) if of is None else partial(of.set_state, of.get_state())

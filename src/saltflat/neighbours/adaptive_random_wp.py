@@ -71,7 +71,7 @@ def adaptive_random_wp(
     Args:
         sigma: as in `random_wp`.
         memory: {"squared_gradients." + name: F}, empty at first, in fp32 at least; changed when the block ends without
-            an exception, from `.grad` as it stands then: let it hold the gradient at w + e alone, and unscaled.
+            an exception, by what the block has added to `.grad`: let that be the gradient at w + e alone, and unscaled.
         eta, beta: as published for CIFAR-100.
         shrink: `by_filter` or `by_coordinate`.
 
@@ -122,13 +122,14 @@ def adaptively_drawn(
     if known and not set(known) & set(keys.values()):
         expected = next(iter(keys.values())).removeprefix(PREFIX)
         raise ValueError(f"memory: expected squared gradients of such as {expected!r}, got {known[0]!r}")
+    before = {keys[name]: p.grad.detach().clone() for name, p in parameters.items() if p.grad is not None}
     law = _Shrunk(ball, {name: memory[key] for name, key in keys.items() if key in memory}, eta, shrink)
     with drawn(
         model, loss, law, steps=steps, step_size=step_size, start=start,
         where=where, step_inside=step_inside, generator=generator,
     ) as ascent:  # fmt: skip
         yield ascent
-    _remember(memory, {keys[name]: parameter for name, parameter in parameters.items()}, beta)
+    _remember(memory, {keys[name]: parameter for name, parameter in parameters.items()}, before, beta)
 
 
 @dataclass(frozen=True)
@@ -151,8 +152,9 @@ class _Shrunk:
 
 
 @torch.no_grad()
-def _remember(memory: dict[str, Tensor], parameters: Mapping[str, nn.Parameter], beta: float) -> None:
-    found = {name: p.grad for name, p in parameters.items() if p.grad is not None}
+def _remember(memory: dict[str, Tensor], parameters: Mapping[str, nn.Parameter], had: Weights, beta: float) -> None:
+    given = {name: p.grad for name, p in parameters.items() if p.grad is not None}
+    found = {name: g - had[name] if name in had else g for name, g in given.items()}
     squares = {name: raised(g.to_dense() if g.is_sparse else g).abs().square() for name, g in found.items()}
     if not squares:
         return

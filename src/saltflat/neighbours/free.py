@@ -26,7 +26,7 @@ from saltflat.balls import WeightBall
 from saltflat.inputs import PGD
 from saltflat.objectives import Objective
 from saltflat.random import Generator
-from saltflat.step import Climb, Step, dropping
+from saltflat.step import Climb, Step, beside, cleared, dropping, fixing
 from saltflat.weights import Where, perturbed
 
 NAME = "free_displacement"  # of d, in a memory
@@ -79,7 +79,7 @@ def free_step(
     skipped, dropped = [], []
     for _ in range(replays):
         drop = dropping(model, optimizer)
-        optimizer.zero_grad()
+        cleared(model, optimizer)
         x_adv = (x + attack.ball.project(d, x)).requires_grad_()
 
         if ball is None or ball.radius == 0:
@@ -87,7 +87,7 @@ def free_step(
             at_w = value.detach()
             value.backward()  # type: ignore[no-untyped-call]
         else:
-            height = partial(climbed or objective.outer, model, x, x_adv.detach(), y)
+            height = fixing(beside(model, optimizer), partial(climbed or objective.outer, model, x, x_adv.detach(), y))
             with climb(model, height, ball, steps=steps, step_size=step_size) as ascent:
                 value = objective.outer(model, x, x_adv, y)
                 value.backward()  # type: ignore[no-untyped-call]
@@ -101,7 +101,7 @@ def free_step(
         d = torch.where(dropped[-1] > 0, d, ahead)  # a batch that is not finite is forgotten
     memory[NAME] = torch.cat([d, kept[len(x) :].to(x)])
     counted = torch.stack(skipped).sum() if skipped else torch.zeros((), dtype=torch.int64, device=x.device)
-    return Step(at_w, value.detach(), x + d, counted, torch.stack(dropped).amax())
+    return Step(at_w, value.detach(), x + attack.ball.project(d, x), counted, torch.stack(dropped).amax())
 
 
 def _fitting(kept: Tensor | None, x: Tensor) -> Tensor:

@@ -30,7 +30,7 @@ from saltflat.inputs import InputAdversary
 from saltflat.objectives import Objective
 from saltflat.random import Generator, Rows, base, normal
 from saltflat.schedules import Schedule
-from saltflat.step import Mode, Step, double_perturbation_step, dropping, in_mode, itself
+from saltflat.step import Mode, Step, cleared, double_perturbation_step, dropping, in_mode, itself
 from saltflat.weights import Ascent, Closure, Where, buffers_kept, chosen_weights, given_back, held, place, trained
 
 
@@ -162,7 +162,7 @@ def two_batch_step(
             attack_mode=attack_mode, attack_on=attack_on, generator=Rows(generator, rows, len(y)),
         )  # fmt: skip
     drop = dropping(model, optimizer)
-    optimizer.zero_grad()
+    cleared(model, optimizer)
     x_adv: Any = x
     if attack is not None:
         with in_mode(model, attack_mode):
