@@ -151,6 +151,25 @@ def test_whatever_takes_the_place_of_something_is_seen(name):
     assert off(remembering(network)(x).detach().float(), network(x).detach().float()) < 1e-5  # after the trial as well
 
 
+def test_a_hook_or_a_module_that_comes_where_another_was_is_seen():
+    """Also where it comes to lie where that lay, and another hook is one of several."""
+    network, x, remembering = used(small(), 3, 8, 8), torch.rand(4, 3, 8, 8), leaner()
+    handle = None
+    for times in (2, 5, 3):
+        if handle is not None:
+            handle.remove()
+        handle = network[0].register_forward_hook(lambda module, given, found, times=times: times * found)
+        assert off(remembering(network)(x), network(x)) < 1e-5
+    network[0].register_forward_hook(lambda module, given, found: found + 1)
+    assert off(remembering(network)(x), network(x)) < 1e-5
+    for slope in (0.6, 0.3, 0.9, 0.1):
+        del network[2]
+        network.insert(2, nn.LeakyReLU(slope))
+        network.eval()
+        for _ in range(2):
+            assert off(remembering(network)(x), network(x)) < 1e-5
+
+
 def test_a_trace_is_made_once():
     network, x, remembering = used(small(), 3, 8, 8), torch.rand(4, 3, 8, 8), leaner()
     remembering(network)(x)

@@ -202,3 +202,18 @@ def test_no_restarts_are_refused(restarts):
 def test_the_l1_ball_is_refused():
     with pytest.raises(ValueError, match=r"^ball: .*SparseAPGD"):
         Restarted(PGD(L1(12.0), 1.0, 10))
+
+
+@pytest.mark.parametrize("std", [0.1, 0.5])
+def test_a_start_outside_of_the_ball_hides_nothing_of_what_is_found_inside(std):
+    """What it claimed out there is refused, and is no measure of what is claimed within."""
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Flatten(), nn.Linear(108, 16), nn.ReLU(), nn.Linear(16, 3)), torch.rand(200, 3, 6, 6)
+    with torch.no_grad():
+        y = model(x).argmax(1)
+    pgd = PGD(Linf(0.02), 0.005, 20, gaussian(std))
+    last = pgd(lambda x_adv: ce(model(x_adv), y), x, generator=draws("per example", 200))
+    found = find(Restarted(pgd), model, x, y, generator=draws("per example", 200))
+    fooled = model(last).argmax(1) != y
+    assert fooled.sum() > 50
+    assert found.fooled[fooled].all()

@@ -180,7 +180,8 @@ def read(script, i, exact, x, y, slack):
             value = margin(z[None], y[i : i + 1]).item()
             if z.argmax() != y[i]:
                 return point[0], True, t, value
-            largest, refused = max(largest, value), refused if math.isnan(claim) else claim
+            outside = not torch.allclose(point, script.points[t, i : i + 1], rtol=0, atol=1e-6)  # it says nothing then
+            largest, refused = max(largest, value), refused if math.isnan(claim) or outside else claim
     return x[i], False, -1, largest
 
 
@@ -549,3 +550,12 @@ def test_sure_networks_hide_no_gradient_behind_half_precision(attack, dtype):
     half = find(attack, lean(model, dtype), x, y, exact=model, slack=0.02, generator=draws())
     assert 10 < single.fooled.sum() < 40
     assert (half.fooled == single.fooled).double().mean() >= 0.97
+
+
+@pytest.mark.parametrize("ball", [Linf(8 / 255), L2(0.5), L1(2.0)])
+def test_inputs_outside_of_the_box_are_refused(ball):
+    attack = SparseAPGD(ball) if isinstance(ball, L1) else APGD(ball)
+    with pytest.raises(ValueError, match=r"^x: expected numbers in the ball's box \(0.0, 1.0\), got 0 to 200$"):
+        find(attack, lambda x: x, torch.tensor([[0.0, 200.0]]), torch.tensor([0]))
+    with pytest.raises(ValueError, match=r"^x: expected floating point numbers, got torch.uint8$"):
+        find(attack, lambda x: x, torch.tensor([[0, 1]], dtype=torch.uint8), torch.tensor([0]))

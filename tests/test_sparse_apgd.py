@@ -5,7 +5,7 @@ import torch
 from networks import batch, convolutional
 from torch import nn
 
-from saltflat import L1, PerExample
+from saltflat import L1, L2, Linf, PerExample
 from saltflat.evaluation.ratios import dlr, targeted_dlr
 from saltflat.evaluation.search import find
 from saltflat.evaluation.sparse_apgd import SparseAPGD, TargetedSparseAPGD
@@ -258,3 +258,17 @@ def test_radius_zero_is_x_itself():
     model = mlp(12, 3)
     x, y = labelled(model, 3, 12)
     assert all(torch.equal(trial.x_adv, x) for trial in SparseAPGD(L1(0.0), steps=10)(model, x, y))
+
+
+@pytest.mark.parametrize(
+    ("made", "told"),
+    [
+        (lambda: SparseAPGD(Linf(0.1)), "ball: .* expected it or saltflat.evaluation.APGD, got Linf"),
+        (lambda: TargetedSparseAPGD(L2(0.1), rank=1), "ball: .* got L2"),
+        (lambda: SparseAPGD(L1(1.0), steps=-5), "steps: expected an integer >= 0, got -5"),
+        (lambda: TargetedSparseAPGD(L1(1.0), rank=0), "rank: expected an integer >= 1, got 0"),
+    ],
+)
+def test_what_would_be_a_sham_is_refused(made, told):
+    with pytest.raises(ValueError, match=f"^{told}"):
+        made()

@@ -888,3 +888,48 @@ def test_callers_gradients_stay_switched_as_they_are():
     with torch.no_grad():
         for _ in evaluate(model, x, y, [suite.standard(Linf(0.1), steps=2, queries=4)]):
             assert not torch.is_grad_enabled()
+
+
+def test_between_batches_the_model_is_its_owners():
+    """Another evaluation beside it, or a change of mode, changes nothing; and it is left as it was."""
+
+    def network():
+        torch.manual_seed(0)
+        layers = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(64, 3)
+        return nn.Sequential(*layers).train()
+
+    x, y, column = torch.rand(12, 3, 6, 6), torch.arange(12) % 3, suite.fast(Linf(0.03), steps=3)
+    expected = verdicts(network(), x, y, [column], batch_size=5)["fast"]
+    model = network()
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    one, other = (evaluate(model, x, y, [column], batch_size=5) for _ in range(2))
+    next(other)
+    for found in one:
+        last = found.verdicts["fast"]
+        assert model.training
+        next(other, None)
+        model.train()
+    assert equal(last, expected)
+    assert all(module.training for module in model.modules())
+    assert all(torch.equal(buffer, before[name]) for name, buffer in model.named_buffers())
+
+
+@pytest.mark.parametrize("box", [(0.0, 255.0), (-1.0, 1.0)])
+def test_uint8_images_have_one_box(box):
+    x = torch.randint(256, (4, 3, 2, 2), dtype=torch.uint8)
+    with pytest.raises(ValueError, match=r"^x: uint8 is taken as numbers in \(0, 1\), expected floating point in "):
+        verdicts(nn.Sequential(nn.Flatten(), nn.Linear(12, 3)), x, torch.arange(4) % 3, [suite.fast(Linf(0.1, box))])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_spsa_is_refused_where_its_differences_vanish(dtype):
+    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 3)).to(dtype)
+    with pytest.raises(ValueError, match=rf"^model: expected fp32 weights for spsa, whose differences {dtype} rounds"):
+        verdicts(model, torch.rand(4, 3, 2, 2), torch.arange(4) % 3, [suite.spsa(Linf(0.1))])
+
+
+def test_a_network_that_answers_with_no_number_is_never_right():
+    x, y = torch.rand(6, 3, 2, 2), torch.zeros(6, dtype=torch.long)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 3))
+    nn.init.constant_(model[1].bias, torch.nan)
+    assert (verdicts(model, x, y, [suite.fast(Linf(0.1), steps=2)])["fast"].by == 0).all()

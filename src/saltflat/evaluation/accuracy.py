@@ -105,10 +105,10 @@ def outcomes_by_batch(
     rows: Tensor | None = None,
 ) -> Iterator[Outcomes]:
     """`outcomes`, a batch at a time, for whoever shows progress."""
-    parameter = next(model.parameters())
+    like = next(iter(model.parameters()), torch.empty(0))
     for ids in torch.split(torch.arange(len(data)) if rows is None else rows, batch_size):
-        x = to_float(data.images[ids].to(parameter.device), parameter.dtype)
-        y = data.labels[ids].to(parameter.device)
+        x = to_float(data.images[ids].to(like.device), like.dtype)
+        y = data.labels[ids].to(like.device)
         x_adv = attacked(model, x, y, attack, inner=inner, attack_on=attack_on, seed=seed, ids=ids)
         yield answers(model, x_adv, y)
 

@@ -30,7 +30,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from saltflat.balls import L1, Linf
+from saltflat.balls import L1, InputBall, Linf
 from saltflat.evaluation.apgd import Loss, TargetedLoss, wrong_class
 from saltflat.evaluation.ratios import targeted_dlr
 from saltflat.evaluation.search import Logits, Search, Trial, column, keep, value_and_gradient
@@ -62,6 +62,9 @@ class SparseAPGD:
     loss: Loss = ce
     steps: int = 100
 
+    def __post_init__(self) -> None:
+        _check(self.ball, self.steps)
+
     def __call__(
         self, logits: Logits, x: Tensor, y: Tensor, *, start: Tensor | None = None, generator: Generator = None
     ) -> Search:
@@ -81,12 +84,24 @@ class TargetedSparseAPGD:
     loss: TargetedLoss = targeted_dlr
     steps: int = 100
 
+    def __post_init__(self) -> None:
+        _check(self.ball, self.steps)
+        if self.rank < 1:
+            raise ValueError(f"rank: expected an integer >= 1, got {self.rank!r}")
+
     def __call__(
         self, logits: Logits, x: Tensor, y: Tensor, *, start: Tensor | None = None, generator: Generator = None
     ) -> Search:
         target = wrong_class(logits, x, y, self.rank)
         if target is not None:
             yield from _ascent(self.ball, self.loss, self.steps, logits, x, (y, target), start, generator)
+
+
+def _check(ball: InputBall, steps: int) -> None:
+    if not isinstance(ball, L1):
+        raise ValueError(f"ball: steps of few pixels are for L1, expected it or saltflat.evaluation.APGD, got {ball!r}")
+    if steps < 0:
+        raise ValueError(f"steps: expected an integer >= 0, got {steps!r}")
 
 
 def _ascent(

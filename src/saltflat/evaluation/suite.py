@@ -258,7 +258,7 @@ def evaluate(
     """Attack every example by every column, a batch at a time.
 
     Args:
-        model: evaluated in eval mode on its own device; modes come back, nothing is changed.
+        model: evaluated in eval mode on its own device; modes come back before a batch is yielded, nothing is changed.
         x: (N, ...) uint8 images, or numbers in the balls' box; may stay on another device than the model.
         y: (N,) int64 classes.
         columns: of different names.
@@ -277,8 +277,9 @@ def evaluate(
 
     Yields: `Done` after each batch; if shared, after one of each rank.
 
-    Raises ValueError for columns of one name, for x outside of the box, for shapes that do not fit, for y that are no
-    class of the model, and for a dtype in which its logits overflow.
+    Raises ValueError for columns of one name, for x outside of the box, for uint8 images with another box than
+    (0, 1), for shapes that do not fit, for y that are no class of the model, for SPSA on a model in half precision, and
+    for a dtype in which its logits overflow.
 
     >>> from saltflat import Linf
     >>> model = nn.Linear(2, 2, bias=False)
@@ -289,6 +290,7 @@ def evaluate(
     tensor([ 1, -1,  0])
     """
     _check(x, y, columns)
+    _check_precision(model, columns)
     ids, y = torch.arange(len(y)) if ids is None else ids.cpu(), y.cpu()
     _check_settings(y, columns, batch_size, ids, dtype, after)
     networks: tuple[Logits, ...] = (model, lean(model), lean(model, dtype))
@@ -309,7 +311,7 @@ def evaluate(
 
     def answered(rows: Tensor) -> Tensor:
         images = prepared(x[rows.to(x.device)], model)
-        with torch.no_grad():
+        with in_mode(model, "eval"), torch.no_grad():
             z = exact(images).cpu()
             if dtype is not None:
                 _check_range(quick(images), z, dtype)
@@ -320,38 +322,38 @@ def evaluate(
         images = prepared(x[rows.to(x.device)], model)
         generator = PerExample(derived_seed(seed, stage.stream), ids[rows].to(images.device))
         reduced = dtype is not None and not stage.precise
-        found = find(
-            stage.attack,
-            quick if reduced else precise,
-            images,
-            y[rows].to(images.device),
-            exact=exact,
-            slack=SLACK[dtype] if reduced and dtype else 0.0,
-            generator=generator,
-        )
+        with in_mode(model, "eval"):  # and no longer: between batches, the model is its owner's
+            found = find(
+                stage.attack,
+                quick if reduced else precise,
+                images,
+                y[rows].to(images.device),
+                exact=exact,
+                slack=SLACK[dtype] if reduced and dtype else 0.0,
+                generator=generator,
+            )
         return found.fooled.cpu(), found.iteration.cpu(), found.margin.float().cpu()
 
-    with in_mode(model, "eval"):
-        for number, some in turns(torch.arange(len(y)), 0, 0):
-            for rows, z in zip(some, dealt(some, answered), strict=True):
-                _write_clean(verdicts, rows, z, y[rows])
-                spent += len(rows)
-            untried = len(y) - 1 - int(some[-1][-1])
-            yield Done(verdicts, 0, 0, number, *_stand(verdicts, columns, 0, 0, spent, untried))
-        for c, column in enumerate(columns):
-            of = verdicts[column.name]
-            for k, stage in enumerate(column.stages, start=1):
-                # also those that it fooled before an interruption, so that batches are cut as they were
-                standing = (of.robust() | (of.by == k)).nonzero()[:, 0]
-                for number, some in turns(standing, c, k):
-                    found = dealt(some, partial(tried, stage))
-                    for rows, (fooled, iteration, largest) in zip(some, found, strict=True):
-                        of.by[rows[fooled]] = k
-                        of.iteration[rows[fooled]] = iteration[fooled]
-                        of.margin[rows] = torch.maximum(of.margin[rows], largest)
-                        spent += stage.cost * len(rows)
-                    untried = len(standing) - min(number * batch_size, len(standing))
-                    yield Done(verdicts, c, k, number, *_stand(verdicts, columns, c, k, spent, untried * stage.cost))
+    for number, some in turns(torch.arange(len(y)), 0, 0):
+        for rows, z in zip(some, dealt(some, answered), strict=True):
+            _write_clean(verdicts, rows, z, y[rows])
+            spent += len(rows)
+        untried = len(y) - 1 - int(some[-1][-1])
+        yield Done(verdicts, 0, 0, number, *_stand(verdicts, columns, 0, 0, spent, untried))
+    for c, column in enumerate(columns):
+        of = verdicts[column.name]
+        for k, stage in enumerate(column.stages, start=1):
+            # also those that it fooled before an interruption, so that batches are cut as they were
+            standing = (of.robust() | (of.by == k)).nonzero()[:, 0]
+            for number, some in turns(standing, c, k):
+                found = dealt(some, partial(tried, stage))
+                for rows, (fooled, iteration, largest) in zip(some, found, strict=True):
+                    of.by[rows[fooled]] = k
+                    of.iteration[rows[fooled]] = iteration[fooled]
+                    of.margin[rows] = torch.maximum(of.margin[rows], largest)
+                    spent += stage.cost * len(rows)
+                untried = len(standing) - min(number * batch_size, len(standing))
+                yield Done(verdicts, c, k, number, *_stand(verdicts, columns, c, k, spent, untried * stage.cost))
 
 
 def _one_by_one(items: Sequence[T], work: Callable[[T], R]) -> list[R]:
@@ -378,10 +380,18 @@ def _check(x: Tensor, y: Tensor, columns: Sequence[Column]) -> None:
         raise ValueError(f"radius: expected a number > 0, got {too_small[0].radius:g}")
     smallest, largest = (end.item() for end in x.aminmax()) if x.is_floating_point() else (0.0, 1.0)
     for low, high in {ball.box for ball in balls if ball.box is not None}:
+        if not x.is_floating_point() and (low, high) != (0.0, 1.0):
+            raise ValueError(f"x: uint8 is taken as numbers in (0, 1), expected floating point in ({low:g}, {high:g})")
         if not (low <= smallest and largest <= high):  # NaN is not inside, either
             raise ValueError(f"x: expected numbers in the box ({low:g}, {high:g}), got {smallest:g} to {largest:g}")
     if not (math.isfinite(smallest) and math.isfinite(largest)):
         raise ValueError(f"x: expected finite numbers, got {smallest:g} to {largest:g}")
+
+
+def _check_precision(model: nn.Module, columns: Sequence[Column]) -> None:
+    dtype = next(iter(model.parameters()), torch.empty(0)).dtype
+    if dtype.itemsize < 4 and (names := [s.name for column in columns for s in column.stages if s.precise]):
+        raise ValueError(f"model: expected fp32 weights for {names[0]}, whose differences {dtype} rounds away")
 
 
 def _check_settings(

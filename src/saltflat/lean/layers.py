@@ -143,8 +143,14 @@ def _is_plain(module: nn.Module) -> TypeGuard[nn.Conv2d]:
 
 def is_changed(module: nn.Module) -> bool:
     """It may compute something else than its class says."""
+    return len(changes(module)) > 0
+
+
+def changes(module: nn.Module) -> list[Any]:
+    """What makes it do so: hooks, and functions in the place of its methods."""
     hooks = module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks
-    return any(hooks) or not vars(module).keys().isdisjoint(("forward", "_conv_forward"))
+    own = [vars(module)[name] for name in ("forward", "_conv_forward") if name in vars(module)]
+    return [*(hook for of in hooks for hook in of.values()), *own]
 
 
 def _itself(value: Any) -> Any:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from saltflat.lean.fused import Fused
-from saltflat.lean.layers import Layers, Untraceable, is_changed
+from saltflat.lean.layers import Layers, Untraceable, changes
 from saltflat.lean.packed import supported
 
 Logits = Callable[[Tensor], Tensor]
@@ -83,6 +83,8 @@ class _Known:
 
     def __init__(self, model: nn.Module, dtype: torch.dtype | None, forget: Callable[[Any], None]) -> None:
         self.model, self.print, self.dtype = weakref.ref(model, forget), _fingerprint(model), dtype
+        # held, so that nothing else can come to lie where one of them was
+        self.held = [part for module in model.modules() for part in (module, *changes(module)) if part is not model]
         self.layers: Layers | None = None
         self.tried, self.why = False, _hindrance(model, dtype)
         if self.why is None:
@@ -115,7 +117,7 @@ class _Known:
 
 def _fingerprint(model: nn.Module) -> tuple[Any, ...]:
     """What a trace holds of it; numbers in tensors may change."""
-    modules = tuple((id(module), type(module), module.training, is_changed(module)) for module in model.modules())
+    modules = tuple((id(m), type(m), m.training, *map(id, changes(m))) for m in model.modules())
     return modules, tuple((id(tensor), tensor.dtype, tensor.device) for tensor in _tensors(model))
 
 
