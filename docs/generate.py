@@ -68,13 +68,13 @@ def _table(first: str, rows: list[str]) -> str:
 
 
 def main() -> None:
-    """Write all pages, and remove those of rooms that are gone."""
+    """Write all pages, and remove those that this made for rooms that are gone."""
     FOLDER.mkdir(exist_ok=True)
     wanted = pages()
     for name, text in wanted.items():
         (FOLDER / name).write_text(text, encoding="utf-8")
     for path in FOLDER.glob("*.md"):
-        if path.name not in wanted:
+        if path.name not in wanted and MARK in path.read_text(encoding="utf-8"):
             path.unlink()
     print(f"{len(wanted)} pages in {FOLDER}")
 

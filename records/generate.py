@@ -25,7 +25,8 @@ from saltflat.lab.study import claims_markdown
 from saltflat.lab.study import markdown as study
 
 ROOT = Path(__file__).parent.parent
-BLOCK = re.compile(r"(<!-- generated: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
+BEGIN, END = "<!-- generated: ", "<!-- end -->"
+BLOCK = re.compile(rf"({BEGIN}(\S+) -->\n)(?:(?!{BEGIN}).)*?({END})", re.DOTALL)
 
 
 def pages() -> list[Path]:
@@ -46,6 +47,8 @@ def made_anew(text: str, at: Path) -> str:
         made = _plan() if match[2] == "plan" else _shown(record, at)
         return f"{match[1]}\n{made}\n\n{match[3]}"
 
+    if not len(BLOCK.findall(text)) == text.count(BEGIN) == text.count(END):
+        raise ValueError(f"a page in {at}: expected an `{END}` after every `{BEGIN}FOLDER -->`, and no other")
     return BLOCK.sub(block, text)
 
 

@@ -17,7 +17,7 @@ from commands import QUICK, run
 from PIL import Image
 
 import saltflat
-from saltflat.lab import build, checkpoints, config, initial, record, subjects, trainings
+from saltflat.lab import build, checkpoints, config, console, initial, record, subjects, trainings
 from saltflat.lab.cli import main, parsed
 from saltflat.lab.recipes import RECIPES
 from saltflat.lab.threat import Threat
@@ -271,6 +271,9 @@ def test_a_checkpoint_of_another_architecture_is_refused(trained, tmp_path, caps
         ),
         (["evaluate", trained[0], "--attacks"], "attacks: expected at least 1, got none"),
         (["landscape", trained[0], "--reach", "nan"], "reach: input should be a finite number"),
+        (["landscape", trained[0], "--reach", "1e7"], "reach: input should be less than or equal to 1000000, got 1e7"),
+        (["evaluate", trained[0], "--eps", "8"], "eps: pixels lie in [0, 1], expected at most 1 (as in 8/255), got 8"),
+        (["evaluate", trained[0], "--out", "q"], "out: goes with --model, a run knows its own; got 'q'"),
         (["landscape", trained[0], "--directions", "0"], "directions: input should be greater than or equal to 1"),
         (["report", trained[0], "--out", tmp_path], "out: expected a file, got the folder"),
         (["demo", "--out", tmp_path, "--seeds", "0"], "seeds: input should be greater than or equal to 1, got 0"),
@@ -385,6 +388,34 @@ def test_another_radius_takes_steps_in_proportion(trained):
     assert subjects.with_threat(of, None, 0.075, 0.01).threat.step_size == 0.01
     assert subjects.with_threat(of, None, None, None).threat == of.threat
     assert subjects.with_threat(of, "L2", 1.0, None).threat == Threat("L2", 1.0, 0.25)
+
+
+@pytest.mark.parametrize("theirs", ["weights.pt", "config.yaml"])
+def test_a_report_takes_the_place_of_reports_alone(theirs, trained, tmp_path, capsys):
+    shutil.copytree(trained[0], tmp_path / "run")
+    path = tmp_path / "run" / theirs
+    path.write_bytes(kept := path.read_bytes() if path.exists() else b"of a person")
+    with pytest.raises(SystemExit) as stop:
+        run("report", tmp_path / "run", "--out", path)
+    assert stop.value.code == 2
+    assert f"out: expected a new file, or a page of before, got {str(path)!r}" in capsys.readouterr().err
+    assert path.read_bytes() == kept
+    for _ in range(2):
+        run("report", tmp_path / "run", "--out", tmp_path / "page.html")
+
+
+def test_a_run_may_be_called_logs(trained, tmp_path, capsys):
+    shutil.copytree(trained[0], tmp_path / "logs")
+    run("report", tmp_path / "logs")
+    assert (tmp_path / "logs" / "report.html").is_file()
+
+
+@pytest.mark.parametrize("name", ["e\x1b[31mvil", "\udcfe", "a\x07b\u202e"])
+def test_names_move_no_cursor(name, capsys):
+    console.say(f"report of {name}\n  on two lines")
+    printed = capsys.readouterr().out
+    assert all(sign.isprintable() or sign == "\n" for sign in printed)
+    assert printed.endswith("\n  on two lines\n")
 
 
 def test_reports_take_what_a_star_catches(trained, tmp_path):

@@ -294,6 +294,12 @@ def bad_foreign(folder):
         "a pickle with code": (["harmful.pt", *data], "model: harmful.pt: "),
         "no file": (["none.pt", *data], "run: expected the file of a checkpoint beside --model, got 'none.pt'"),
         "no data": (["theirs.pt"], "cifar100, svhn, parquet, folder, tiny-imagenet, npz beside --model, got none"),
+        "a path for the digits": (
+            ["theirs.pt", *data, "--data-path", "x"],
+            "data_path: the digits are bundled, expected none, got 'x'",
+        ),
+        "an eps in 0 ... 255": (["theirs.pt", *data, "--eps", "8"], "eps: pixels lie in [0, 1], expected at most 1"),
+        "a file in the way": (["theirs.pt", *data, "--out", "theirs.pt/x"], "out: expected a folder, got 'theirs.pt/x"),
         "no path": (["theirs.pt", "--data", "cifar10"], "data_path: expected where the data are"),
         "missing archive": (["theirs.pt", "--data", "cifar10", "--data-path", "none"], "data_path: "),
         "validation split": (["theirs.pt", *data, "--split", "validation"], "split: expected one of test, train"),
@@ -373,6 +379,71 @@ def test_only_finished_evaluations_of_these_weights_and_this_threat_are_exported
     run("export", fresh, "--out", tmp_path / "hub")
     kept = list((tmp_path / "hub" / "outcomes").glob("*.json"))
     assert [json.loads(path.read_text())["threat"]["eps"] for path in kept] == [0.15]
+
+
+def test_of_two_attacks_of_one_name_the_stronger_is_exported(fresh, tmp_path):
+    for step in ("0.05", "0.0000001"):
+        run("evaluate", fresh, "--examples", "100", "--attacks", "clean", "pgd-2", "--step-size", step)
+    summaries = [json.loads(path.read_text()) for path in (fresh / "outcomes").glob("*.json")]
+    left = [row["accuracy"] for summary in summaries for row in summary["attacks"] if row["name"] == "pgd-2"]
+    assert len(set(left)) == 2
+    run("export", fresh, "--out", tmp_path / "hub")
+    assert f"| pgd-2 | {100 * min(left):.2f} |" in (tmp_path / "hub" / "README.md").read_text()
+
+
+def test_another_network_for_the_same_weights_is_another_question(foreign, monkeypatch, capsys):
+    _, folder = foreign
+    monkeypatch.chdir(folder)
+    words = [
+        "evaluate",
+        "theirs.pt",
+        "--model",
+        "small-cnn-4",
+        "--eps",
+        "0.1",
+        "--attacks",
+        "clean",
+        "--data",
+        "digits",
+    ]
+    for more in ([], ["--mean", "0.9", "--std", "0.01"], ["--mean", "0.9", "--std", "0.01"]):
+        capsys.readouterr()
+        run(*words, "--examples", "50", *more)
+    assert "already there" in capsys.readouterr().out
+    summaries = [json.loads(path.read_text()) for path in folder.glob("evaluations/theirs/outcomes/*.json")]
+    assert {summary["network"] for summary in summaries} == {"small-cnn-4", "small-cnn-4, mean (0.9,), std (0.01,)"}
+
+
+def test_other_images_with_the_same_labels_are_another_question(foreign, monkeypatch, capsys):
+    _, folder = foreign
+    monkeypatch.chdir(folder)
+    with np.load("mine.npz") as mine:
+        np.savez("inverted.npz", x=1 - mine["x"], y=mine["y"])
+    words = ["evaluate", "theirs.pt", "--model", "small-cnn-4", "--eps", "0.1", "--attacks", "clean", "--data", "npz"]
+    for name in ("mine", "inverted"):
+        run(*words, "--data-path", f"{name}.npz")
+    assert "already there" not in capsys.readouterr().out
+    run(*words, "--data-path", "mine.npz")
+    assert "already there" in capsys.readouterr().out
+
+
+def test_weights_that_are_replaced_while_they_are_read_are_read_again(fresh, monkeypatch):
+    """What is on record is the digest of those that were measured."""
+    best, last = (fresh / "checkpoints" / f"{name}.safetensors" for name in ("best", "last"))
+    load, calls = subjects.checkpoints.load_weights, []
+
+    def replaced(file, model):
+        load(file, model)
+        calls.append(file)
+        if len(calls) == 1:
+            best.write_bytes(last.read_bytes())
+
+    monkeypatch.setattr(subjects.checkpoints, "load_weights", replaced)
+    of = subjects.from_run(fresh, "best", "cpu")
+    assert len(calls) == 2
+    assert of.sha256 == subjects.checkpoints.digest(last)
+    for name, w in load_file(last).items():
+        assert torch.equal(of.model.state_dict()[name], w)
 
 
 def test_where_it_stands_is_said_in_words():

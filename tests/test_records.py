@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from records.generate import made_anew
 from saltflat.data import Images
 from saltflat.lab.build import network
 from saltflat.lab.config import Train, checked
@@ -51,3 +52,16 @@ def test_the_labels_of_rst_are_as_right_as_is_said():
     given, true = ("".join((CIFAR10 / name).read_text().split()) for name in ("labels.txt", "true-labels.txt"))
     share = sum(a == b for a, b in zip(given, true, strict=True)) / len(true)
     assert f"right on {100 * share:.1f} % of the {len(true):,}" in setting(CIFAR10)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "<!-- generated: A -->\nby hand\n<!-- generated: B -->\nmade\n<!-- end -->",
+        "<!-- generated: A -->\nmade\n<!-- end -->\nby hand\n<!-- end -->",
+        "by hand\n<!-- generated: A -->\n",
+    ],
+)
+def test_nothing_written_by_hand_is_taken_for_a_block(text):
+    with pytest.raises(ValueError, match=r"^a page in .*: expected an `<!-- end -->` after every"):
+        made_anew(text, RECORDS)

@@ -54,6 +54,20 @@ def test_one_run_without_an_interval_on_record_has_none(tmp_path: Path) -> None:
     assert labels([folder])[-1].endswith("images. pgd-20: at 25.0.")
 
 
+def test_what_was_attacked_in_another_way_is_not_averaged(tmp_path: Path) -> None:
+    folders = two_groups(tmp_path, [20, 20, 20], [], robust=45.0)
+    other = outcome("last", 0.0) | {"settings": {"precision": "bf16", "seed": 9}}
+    write(folders[0] / "outcomes" / "other.json", other)
+    _, usual, unusual = labels(folders)
+    assert "last weights, 2000 test images. " in usual
+    assert "pgd-20: at 45.0 (45.0 to 45.0)" in usual
+    assert "last weights, 2000 test images, precision bf16, seed 9. " in unusual
+    assert "pgd-20: at 0.0" in unusual
+    plate = attacks_plate(groups_in(folders))
+    assert plate is not None
+    assert "(at: 1 or 3 seeds)" in plate.caption
+
+
 def test_one_name_for_two_attacks_is_two_rows(tmp_path: Path) -> None:
     folders = two_groups(tmp_path, [20, 20], [])
     record = outcome("last", 40.0)

@@ -1,12 +1,24 @@
 """Run folders with missing and damaged parts: skipped, and said on the page."""
 
+import hashlib
 import json
 import math
 from pathlib import Path
 
 import numpy as np
 import pytest
-from run_folders import Parsed, environment, groups_in, landscape_record, page, plain, synthetic_run, two_groups, write
+from run_folders import (
+    Parsed,
+    environment,
+    groups_in,
+    landscape_record,
+    outcome,
+    page,
+    plain,
+    synthetic_run,
+    two_groups,
+    write,
+)
 
 from saltflat.lab.report import read_run
 from saltflat.lab.report.words import headline
@@ -79,6 +91,21 @@ def test_damaged_parts_are_skipped_and_said(tmp_path: Path) -> None:
         "No named fields in environment.json",
     ):
         assert words in text
+
+
+def test_what_was_measured_on_weights_that_are_gone_is_left_out_and_said(tmp_path: Path) -> None:
+    """A training that went on has put others in their place; where no weights are kept, nothing is left out."""
+    folder = synthetic_run(tmp_path / "run")
+    now = hashlib.sha256(b"now").hexdigest()[:16]
+    for name, sha256 in (("before", "0123456789abcdef"), ("last", now)):
+        robust = 10.0 if name == "before" else 40.0
+        write(folder / "outcomes" / f"{name}.json", outcome("last", robust) | {"sha256": sha256})
+    assert len(read_run(folder).outcomes) == 3
+    (folder / "checkpoints").mkdir()
+    (folder / "checkpoints" / "last.safetensors").write_bytes(b"now")
+    run = read_run(folder)
+    assert sorted(one.attacks[2].accuracy for one in run.outcomes if one.checkpoint == "last") == [0.4]
+    assert "Left out, since its checkpoint holds other weights now: outcomes/before.json" in Parsed(page([folder])).text
 
 
 def test_no_validation_split_means_no_best(tmp_path: Path) -> None:

@@ -27,6 +27,13 @@ def test_runs_that_differ_only_in_seed_form_a_group(tmp_path: Path) -> None:
     assert [[run.seed for run in group.runs] for group in groups] == [[0, 1, 2], [0, 1, 2]]
 
 
+def test_how_often_a_run_was_saved_is_no_method(tmp_path: Path) -> None:
+    changes = ({}, {"checkpoint_minutes": 5.0}, {"keep_every": 1})
+    folders = [synthetic_run(tmp_path / str(seed), seed=seed, config=more) for seed, more in enumerate(changes)]
+    (group,) = groups_in(folders)
+    assert len(group.runs) == 3
+
+
 def test_one_recipe_with_two_values_of_a_field_is_two_groups(tmp_path: Path) -> None:
     folders = [
         synthetic_run(tmp_path / f"{gamma}-{seed}", seed=seed, config={"awp": {"gamma": gamma}, "threads": seed})

@@ -74,8 +74,16 @@ def one_line(text: str) -> str:
     >>> one_line("no run: a\\x1b[2J\\nb")
     'no run: a\\\\x1b[2J b'
     """
-    words = " ".join(text.split())
-    return "".join(sign if sign.isprintable() else sign.encode("unicode_escape").decode() for sign in words)
+    return escaped(" ".join(text.split()))
+
+
+def escaped(text: str) -> str:
+    """The same, with blanks as they are: what cannot be printed is written as Python writes it.
+
+    >>> escaped("a  b\x1b[31m")
+    'a  b\\x1b[31m'
+    """
+    return "".join(sign if sign.isprintable() else sign.encode("unicode_escape").decode() for sign in text)
 
 
 def shown(value: float) -> str:

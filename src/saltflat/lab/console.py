@@ -8,7 +8,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from saltflat.lab.config import BadInput
+from saltflat.lab.config import BadInput, escaped
 from saltflat.lab.record import check_folder
 
 FIRST = os.environ.get("RANK", "0") == "0"  # of the processes that torchrun starts, the one that speaks
@@ -16,8 +16,8 @@ CONSOLE = Console(highlight=False, markup=False, emoji=False, quiet=not FIRST)  
 
 
 def say(line: str) -> None:
-    """One line, however long."""
-    CONSOLE.print(line, soft_wrap=True)
+    """A line, however long, or several; whatever names are in it, nothing moves the cursor."""
+    CONSOLE.print("\n".join(map(escaped, line.split("\n"))), soft_wrap=True)
 
 
 @contextmanager
@@ -33,15 +33,24 @@ def page_of(runs: Sequence[Path], out: Path | None) -> Path:
     path = out or (runs[0].absolute() if len(runs) == 1 else runs[0].absolute().parent) / "report.html"
     if path.is_dir():
         raise BadInput(f"out: expected a file, got the folder {str(path)!r}")
+    if path.exists() and not _is_a_page(path):
+        raise BadInput(f"out: expected a new file, or a page of before, got {str(path)!r}")
     check_folder("out", path.parent)
     return path
+
+
+def _is_a_page(path: Path) -> bool:
+    with open(path, "rb") as file:
+        start = file.read(4096)
+    return not start or b"Saltflat</title>" in start
 
 
 def report(runs: Sequence[Path], out: Path | None) -> Path:
     """One page about the runs; returns where it is."""
     from saltflat.lab.report import write_report  # matplotlib takes a while
 
-    runs = [run for run in runs if not run.is_file() and run.name != "logs"]  # `runs/*` catches pages and logs
+    # `runs/*` catches pages, and logs
+    runs = [run for run in runs if not run.is_file() and (run.name != "logs" or (run / "config.yaml").exists())]
     if not runs:
         raise BadInput("runs: expected at least one run folder, got none")
     path = page_of(runs, out)

@@ -30,7 +30,7 @@ from saltflat.lab import once, record, verdicts_file
 from saltflat.lab.config import BadInput
 from saltflat.lab.console import CONSOLE, progress, say
 from saltflat.lab.precision import exact
-from saltflat.lab.subjects import Subject, chosen, place
+from saltflat.lab.subjects import Subject, chosen, identity, place
 from saltflat.lab.threat import Described, columns
 from saltflat.lean.network import lean
 
@@ -61,8 +61,7 @@ def evaluation(of: Subject, names: Sequence[str], split: str, examples: int, how
     described = columns(names, of.threat)
     x, y, rows = chosen(of, split, examples)
     asked: dict[str, Any] = {
-        "checkpoint": of.checkpoint,
-        "sha256": of.sha256,
+        **identity(of, x, y),
         "split": split,
         "n": len(y),
         "settings": {**asdict(how), "mode": "eval", "weights": of.weights},

@@ -42,7 +42,9 @@ def export_run(
     found = _evaluations(of)
     n = max((summary["n"] for _, summary in found), default=0)
     used = [(path, summary) for path, summary in found if summary["n"] == n]
-    accuracies = {row["name"]: row["accuracy"] for _, summary in used for row in summary["attacks"]}
+    accuracies: dict[str, float] = {}
+    for row in (row for _, summary in used for row in summary["attacks"]):  # of several attacks of a name the strongest
+        accuracies[row["name"]] = min(row["accuracy"], accuracies.get(row["name"], 1.0))
     total = len(of.splits["test"][1])
     card = export.model_card(
         title or f"{config.recipe}, seed {config.seed}",

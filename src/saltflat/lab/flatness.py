@@ -27,7 +27,7 @@ from saltflat.lab.config import BadInput
 from saltflat.lab.console import CONSOLE, progress, say
 from saltflat.lab.measures import DEFINITIONS, INSIDE, LONGEST, MEASURES, Found, How, Shown, Spectrum
 from saltflat.lab.precision import exact
-from saltflat.lab.subjects import Subject, place, up_to
+from saltflat.lab.subjects import Subject, identity, place, up_to
 
 
 @exact()
@@ -38,8 +38,7 @@ def flatness(of: Subject, names: Sequence[str], how: How) -> dict[str, Any]:
     x = prepared(x, of.model)
     shown = Shown(of.model, x, y.to(x.device), of.threat.pgd(how.steps), how, of.initial)
     asked = {
-        "checkpoint": of.checkpoint,
-        "sha256": of.sha256,
+        **identity(of, shown.x, shown.y),
         "split": how.split,
         "n": len(y),
         "definitions": DEFINITIONS,

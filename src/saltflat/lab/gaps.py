@@ -27,7 +27,7 @@ from saltflat.evaluation import Outcomes, answers, attacked, collect
 from saltflat.evaluation.suite import prepared
 from saltflat.lab import once, record
 from saltflat.lab.precision import exact
-from saltflat.lab.subjects import Subject, place, up_to
+from saltflat.lab.subjects import Subject, identity, place, up_to
 from saltflat.lean import leaner
 
 LONGER = 5  # times as many steps, for the check that the attack is long enough
@@ -54,8 +54,7 @@ def robust_gap(of: Subject, how: How) -> dict[str, Any]:
     sides = {"train": how.train_examples, "test": how.test_examples}
     parts = {split: _part(of, split, examples) for split, examples in sides.items()}
     asked = {
-        "checkpoint": of.checkpoint,
-        "sha256": of.sha256,
+        **identity(of, *(tensor for pair in parts.values() for tensor in pair)),
         "n": {split: len(y) for split, (_, y) in parts.items()},
         "settings": {
             "attack": f"{of.threat.pgd_in_words(how.steps)}, starts per example",

@@ -27,7 +27,7 @@ from saltflat.lab import once, record
 from saltflat.lab.config import BadInput
 from saltflat.lab.points import Arrays, Group, measured
 from saltflat.lab.precision import exact
-from saltflat.lab.subjects import Subject, place, up_to
+from saltflat.lab.subjects import Subject, identity, place, up_to
 from saltflat.landscape import adversarial_direction, random_direction
 from saltflat.landscape.robust import afresh, frozen, total
 from saltflat.lean import leaner
@@ -186,8 +186,7 @@ def _asked(shown: Shown, grid: Mapping[str, Any]) -> dict[str, Any]:
     of, how = shown.of, shown.how
     made = "made once at w and kept, which underestimates elsewhere" if how.frozen else "made afresh at each point"
     return {
-        "checkpoint": of.checkpoint,
-        "sha256": of.sha256,
+        **identity(of, shown.x, shown.y),
         "split": how.split,
         "n": len(shown.x),
         **grid,

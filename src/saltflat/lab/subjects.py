@@ -5,6 +5,7 @@ A run folder knows all of it. A checkpoint of somebody else's is told its networ
 
 from __future__ import annotations
 
+import hashlib
 import re
 import zipfile
 from collections.abc import Callable, Mapping
@@ -40,6 +41,7 @@ class Subject:
         splits: (x, y) by name.
         objective: what it was trained with, where that is known; else plain cross-entropy.
         initial: () -> the weights before training, where they are known.
+        network: as what a file of others was read: which network, mean, std and key.
     """
 
     folder: Path
@@ -51,6 +53,7 @@ class Subject:
     threat: Threat
     objective: Objective = field(default_factory=AT)
     initial: Callable[[], Weights] | None = None
+    network: str = "the run's"
 
 
 def from_run(
@@ -75,11 +78,13 @@ def from_run(
     found = _on(device)
     sets = build.sets(config)
     model = build.network(config, sets.train)
-    checkpoints.load_weights(file, model)
+    sha256 = None
+    while sha256 != (sha256 := checkpoints.digest(file)):  # a training that goes on may put another in its place
+        checkpoints.load_weights(file, model)
     return Subject(
         folder=path,
         checkpoint=checkpoint if weights is None else str(weights),
-        sha256=checkpoints.digest(file),
+        sha256=sha256,
         weights=build.weights_in_words(config),
         model=model.to(found).eval(),
         splits={
@@ -147,13 +152,19 @@ def from_file(file: Path, about: Foreign, threat: Threat, device: str, out: Path
     except (ValueError, OSError) as error:
         raise BadInput(f"model: {error}") from None
     _check_answers(model, x, y)
-    return Subject(out, str(file), checkpoints.digest(file), "as in the file", model.to(found).eval(), splits, threat)
+    network = ", ".join(
+        [about.network, *(f"{k} {v}" for k in ("mean", "std", "key") if (v := getattr(about, k)) not in (None, ()))]
+    )
+    own = model.to(found).eval()
+    return Subject(out, str(file), checkpoints.digest(file), "as in the file", own, splits, threat, network=network)
 
 
 def _splits(about: Foreign) -> dict[str, tuple[Tensor, Tensor]]:
     kinds = ("digits", "cifar10", "cifar100", "svhn", "parquet", "folder", "tiny-imagenet", "npz")
     if about.data not in kinds:
         raise BadInput(f"data: expected one of {', '.join(kinds)} beside --model, got {about.data or 'none'}")
+    if about.data == "digits" and about.data_path is not None:
+        raise BadInput(f"data_path: the digits are bundled, expected none, got {str(about.data_path)!r}")
     if about.data != "digits" and about.data_path is None:
         raise BadInput(f"data_path: expected where the data are (--data {about.data}), got none")
     try:
@@ -228,6 +239,20 @@ def check_sides(about: Foreign) -> None:
     """BadInput unless its data can be read, and have both sides of a gap."""
     if "train" not in _splits(about):
         raise BadInput(f"data: expected training images beside test images, which {about.data} has none of")
+
+
+def identity(of: Subject, *shown: Tensor) -> dict[str, Any]:
+    """Of which weights, in which network, and of which images and labels a finding is: what a question begins with."""
+    found = hashlib.sha256()
+    for tensor in shown:
+        found.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+        found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return {
+        "checkpoint": of.checkpoint,
+        "sha256": of.sha256,
+        "network": of.network,
+        "images": found.hexdigest()[:16],
+    }
 
 
 def place(of: Subject, kind: str, split: str, asked: Mapping[str, Any]) -> Path:

@@ -44,12 +44,17 @@ SUITES = {
 class Threat:
     """What an attacker may do.
 
-    norm: Linf, L2 or L1. eps: radius, in pixel units. step_size: of PGD and CW, in pixel units.
+    norm: Linf, L2 or L1. eps: radius, in pixel units. step_size: of PGD and CW, in pixel units. BadInput for an eps
+    in Linf that is larger than the box.
     """
 
     norm: str
     eps: float
     step_size: float
+
+    def __post_init__(self) -> None:
+        if self.norm == "Linf" and self.eps > 1:
+            raise BadInput(f"eps: pixels lie in [0, 1], expected at most 1 (as in 8/255), got {self.eps:g}")
 
     @property
     def ball(self) -> InputBall:

@@ -12,6 +12,7 @@ from pydantic import Field
 
 from saltflat.lab.commands.frame import Folder, Job, RunOrCheckpoint, Runs, Split, check_points, command
 from saltflat.lab.config import BadInput, Count, CountOrZero, Number, Positive
+from saltflat.lab.record import check_folder
 
 
 @command
@@ -72,7 +73,8 @@ def evaluate(
         raise BadInput(f"model: expected the network of the checkpoint {str(run)!r} (see --help), got none")
     foreign = {"data": data, "mean": mean, "std": std, "key": key, "out": out}
     if model is None and (given := [name for name, value in foreign.items() if value]):
-        raise BadInput(f"{given[0]}: goes with --model, a run knows its own; got {foreign[given[0]]!r}")
+        got = repr(str(foreign[given[0]]) if given[0] == "out" else foreign[given[0]])
+        raise BadInput(f"{given[0]}: goes with --model, a run knows its own; got {got}")
     if model is not None and weights is not None:
         raise BadInput(f"weights: expected none beside --model, got {str(weights)!r}")
     if model is not None and eps is None:
@@ -89,7 +91,9 @@ def evaluate(
             sys.path.insert(0, "")  # module:factory may lie in the current folder, as for `python -m`
             held = threat.Threat(norm or "Linf", eps, step_size or subjects.STEP * eps)
             about = subjects.Foreign(model, data, data_path, mean, std, key)
-            subject = subjects.from_file(run, about, held, device, out or Path("evaluations") / run.stem)
+            folder = out or Path("evaluations") / run.stem
+            check_folder("out", folder / "outcomes")
+            subject = subjects.from_file(run, about, held, device, folder)
         names = threat.SUITES[suite] if suite else attacks
         how = evaluations.How(batch_size, seed, precision, padded)
         evaluations.show(subject, evaluations.evaluation(subject, names, split, examples, how))
@@ -140,7 +144,7 @@ def landscape(
     runs: Runs,
     checkpoint: str = "last",
     dimensions: Literal[1, 2] = 1,
-    reach: Positive = 1.0,
+    reach: Annotated[Number, Field(gt=0, le=1e6)] = 1.0,
     points: Count = 21,
     directions: Count = 1,
     direction: Literal["random", "adversarial"] = "random",

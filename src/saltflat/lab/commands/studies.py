@@ -229,7 +229,7 @@ def claims(
         from saltflat.lab.study import claims, compare, executors
 
         folder, of = out or Path("studies") / f"claims-{preset}", given.PRESETS[preset]
-        if varied := [change for change in set if change.startswith(("awp.", "objective.", "seed"))]:
+        if varied := [change for change in set if change.startswith(("awp", "objective", "seed"))]:
             raise BadInput(f"set: expected fields in which arms do not differ, got {varied[0]!r}")
         base = compare.changed(of.base, set)
         chosen = given.chosen(of, arms, extra_path)

@@ -72,8 +72,11 @@ def attacks_plate(groups: Sequence[Group]) -> Plate | None:
         robust_accuracies(place, rows, axis=axis, identity=f"attacks-{index}", description=_description(place, rows))
         for index, (place, rows) in enumerate(panels.items())
     )
-    marks = {mark.group: mark for rows in panels.values() for own in rows.values() for mark in own}
-    seeds = "; ".join(f"{name}: {counted(mark.n, 'seed')}" for name, mark in marks.items())
+    marks = [mark for rows in panels.values() for own in rows.values() for mark in own]
+    sizes = {mark.group: sorted({one.n for one in marks if one.group == mark.group}) for mark in marks}
+    seeds = "; ".join(
+        f"{name}: {' or '.join([*map(str, n[:-1]), counted(n[-1], 'seed')])}" for name, n in sizes.items()
+    )
     return Plate(
         tuple(map(Markup, drawn)),
         "Robust accuracy under each attack of the final evaluation, on one axis, which need not begin at 0. Mark: mean "
@@ -85,14 +88,14 @@ def attacks_plate(groups: Sequence[Group]) -> Plate | None:
 
 def robust_accuracies(place: Place, rows: Rows, *, axis: tuple[float, float], identity: str, description: str) -> str:
     """One panel; the attacks in their order, from top to bottom, and within each the groups in theirs."""
-    checkpoint, split, n = place
+    checkpoint, split, n, unusual = place
     inks = {mark.series: mark.group for marks in rows.values() for mark in marks}
     entries = sorted(inks.items())
     tall = sum(NAME + LINE * len(marks) + BETWEEN for marks in rows.values())
     with drawing(identity):
         figure, axes = panel(
             f"{shortened(checkpoint, 30)} weights",
-            f"robust accuracy in % · n = {n} {split} images",
+            f"robust accuracy in % · n = {n} {split} images" + (f" · {unusual}" if unusual else ""),
             right=46,
             legend_rows=len(entries),
             height=56 + tall + 46,
@@ -141,10 +144,10 @@ def robust_accuracies(place: Place, rows: Rows, *, axis: tuple[float, float], id
         return svg(figure, identity, description)
 
 
-def _order(place: Place) -> tuple[int, str, str, int]:
+def _order(place: Place) -> tuple[int, str, str, int, str]:
     """Best, last, then others by name."""
-    checkpoint, split, n = place
-    return {"best": 0, "last": 1}.get(checkpoint, 2), checkpoint, split, -n
+    checkpoint, split, n, unusual = place
+    return {"best": 0, "last": 1}.get(checkpoint, 2), checkpoint, split, -n, unusual
 
 
 def _names(attacks: Sequence[Attack]) -> list[str]:
@@ -177,6 +180,7 @@ def _description(place: Place, rows: Rows) -> str:
         ends = f" ({decimal(mark.low, 1)} to {decimal(mark.high, 1)})" if math.isfinite(mark.low) else ""
         return f"{mark.group} {decimal(mark.value, 1)}{ends}"
 
-    checkpoint, split, n = place
+    checkpoint, split, n, unusual = place
+    how = f", {unusual}" if unusual else ""
     listed = "; ".join(f"{name}: {', '.join(map(words, marks))}" for name, marks in rows.items())
-    return f"Robust accuracy by attack in percent, {checkpoint} weights, {n} {split} images. {listed}."
+    return f"Robust accuracy by attack in percent, {checkpoint} weights, {n} {split} images{how}. {listed}."

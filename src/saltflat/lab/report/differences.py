@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from saltflat.lab.report.evaluated import accuracies, attacks_of, evaluated
+from saltflat.lab.report.evaluated import accuracies, attacks_of, evaluated, images_in_words
 from saltflat.lab.report.notation import MISSING, decimal
 from saltflat.lab.report.runs import Epoch, Run
 from saltflat.lab.report.statistics import Group, Spread, at, drop, measured, over_seeds, paired
@@ -52,11 +52,10 @@ def _of_outcomes(groups: Sequence[Group]) -> Table:
         before, after = evaluated(first), evaluated(second)
         found = []
         for place in (place for place in before if place in after):
-            checkpoint, split, n = place
             both = [[accuracies(attack, each[place]) for each in (before, after)] for attack in attacks]
             spreads = [paired(*pair) for pair in both]
             pairs = Cell(str(max((spread.n for spread in spreads), default=0)))
-            found.append(Row(checkpoint, (pairs, Cell(f"{n} {split}"), *map(_cell, spreads))))
+            found.append(Row(place[0], (pairs, Cell(images_in_words(place)), *map(_cell, spreads))))
         return found
 
     return Table(

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from saltflat.lab.report.runs import Attacked
 from saltflat.lab.report.statistics import Group, Spread, finite
 
-Place = tuple[str, str, int]  # checkpoint, split, number of images
+Place = tuple[str, str, int, str]  # checkpoint, split, number of images, and settings that are not the usual
 Attack = tuple[str, str]  # its name and its exact description
 BySeed = Mapping[int, Sequence[Attacked]]
 
@@ -27,9 +27,30 @@ def evaluated(group: Group) -> dict[Place, BySeed]:
     places: dict[Place, dict[int, list[Attacked]]] = {}
     for run in group.finished:
         for outcome in run.outcomes:
-            by_seed = places.setdefault((outcome.checkpoint, outcome.split, outcome.n), {})
+            place = outcome.checkpoint, outcome.split, outcome.n, _unusual(outcome.settings)
+            by_seed = places.setdefault(place, {})
             by_seed.setdefault(run.seed, []).extend(outcome.attacks)
     return dict(places)
+
+
+def _unusual(settings: Mapping[str, str]) -> str:
+    """What may move an accuracy by more than rounding does, where it is not as usual.
+
+    >>> _unusual({"precision": "bf16", "seed": "0", "batch_size": "64"})
+    'precision bf16'
+    """
+    usual = {"precision": "fp32", "seed": "0"}
+    return ", ".join(f"{key} {settings[key]}" for key, value in usual.items() if settings.get(key, value) != value)
+
+
+def images_in_words(place: Place) -> str:
+    """Which images were attacked, and how, where that is not as usual.
+
+    >>> images_in_words(("best", "test", 100, "seed 9"))
+    '100 test, seed 9'
+    """
+    _, split, n, unusual = place
+    return f"{n} {split}" + (f", {unusual}" if unusual else "")
 
 
 def under(attack: Attack, by_seed: BySeed) -> dict[int, Attacked]:

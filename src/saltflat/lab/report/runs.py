@@ -12,11 +12,13 @@
 Everything but the config may be missing or damaged: that becomes a note, and nothing is guessed in its place.
 """
 
+import hashlib
 import json
 import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -293,12 +295,29 @@ def _read_parts(folder: Path, read: Callable[[bytes], Part], notes: list[str], i
     paths = sorted(folder.glob("*.json"))
     for path in paths:
         try:
-            parts.append(read(_whole(path.read_bytes())))
+            content = _whole(path.read_bytes())
+            if _is_of_other_weights(folder.parent / "checkpoints", json.loads(content)):
+                notes.append(f"Left out, since its checkpoint holds other weights now: {folder.name}/{path.name}")
+            else:
+                parts.append(read(content))
         except DAMAGE:
             notes.append(f"A damaged file was skipped: {folder.name}/{path.name}")
     if not paths and if_none:
         notes.append(if_none)
     return tuple(parts)
+
+
+def _is_of_other_weights(checkpoints: Path, record: dict[str, Any]) -> bool:
+    """Whether what a finding was measured on has been overwritten since, as by a training that went on."""
+    file, known = checkpoints / f"{record.get('checkpoint')}.safetensors", record.get("sha256")
+    return isinstance(known, str) and file.is_file() and _digest(file, file.stat().st_mtime_ns) != known
+
+
+@lru_cache(maxsize=1024)
+def _digest(file: Path, changed: int) -> str:
+    """As `lab.checkpoints.digest`, once for each time that the file was changed at."""
+    with open(file, "rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()[:16]
 
 
 def _whole(content: bytes) -> bytes:

@@ -14,7 +14,7 @@ from saltflat.lab.report.runs import Epoch, Run
 from saltflat.lab.report.student import two_sided
 
 # Fields of a config that say where or how often a run was made and not by which method: they never split a group.
-NOT_THE_METHOD = frozenset({"seed", "device", "threads", "workers"})
+NOT_THE_METHOD = frozenset({"seed", "device", "threads", "workers", "keep_every", "checkpoint_minutes"})
 LONGEST = 200  # signs of a group's name, which stands in sentences and tables
 
 

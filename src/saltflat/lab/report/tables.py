@@ -7,7 +7,17 @@ from dataclasses import dataclass
 import numpy as np
 
 from saltflat.lab.report.drawing import shortened
-from saltflat.lab.report.evaluated import Attack, BySeed, accuracies, attacks_of, evaluated, settings_of, under
+from saltflat.lab.report.evaluated import (
+    Attack,
+    BySeed,
+    Place,
+    accuracies,
+    attacks_of,
+    evaluated,
+    images_in_words,
+    settings_of,
+    under,
+)
 from saltflat.lab.report.notation import MISSING, decimal
 from saltflat.lab.report.runs import Epoch, Run
 from saltflat.lab.report.statistics import Group, Spread, at, best, drop, last, measured, over_seeds
@@ -121,11 +131,11 @@ def outcome_table(groups: Sequence[Group]) -> Table:
     attacks = attacks_of(groups)
 
     def rows(group: Group) -> list[Row]:
-        return [row(*place, by_seed) for place, by_seed in evaluated(group).items()]
+        return [row(place, by_seed) for place, by_seed in evaluated(group).items()]
 
-    def row(checkpoint: str, split: str, n: int, by_seed: BySeed) -> Row:
+    def row(place: Place, by_seed: BySeed) -> Row:
         cells = [_outcome_cell(attack, by_seed) for attack in attacks]
-        return Row(checkpoint, (Cell(str(len(by_seed))), Cell(f"{n} {split}"), *cells))
+        return Row(place[0], (Cell(str(len(by_seed))), Cell(images_in_words(place)), *cells))
 
     return Table(
         label="Final evaluation",
@@ -195,6 +205,8 @@ def _cell(spread: Spread, places: int = 2) -> Cell:
 def _outcome_cell(attack: Attack, by_seed: BySeed) -> Cell:
     shown = _cell(accuracies(attack, by_seed))
     intervals = [one.interval for one in under(attack, by_seed).values()]
+    if 0 < len(intervals) < len(by_seed):
+        return Cell(shown.mean, f"{shown.spread} (n = {len(intervals)})".strip(), shown.detail)
     if len(intervals) == 1 and intervals[0]:
         return Cell(shown.mean, "[" + ", ".join(decimal(100 * end) for end in intervals[0]) + "]", shown.detail)
     return shown
