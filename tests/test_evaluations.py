@@ -314,7 +314,8 @@ def bad_foreign(folder):
 
 NAMES = [
     "images in 0..255", "labels of another shape", "empty data", "classes it lacks", "inputs of another shape",
-    "a pickle with code", "no file", "no data", "no path", "missing archive", "validation split", "another network",
+    "a pickle with code", "no file", "no data", "a path for the digits", "an eps in 0 ... 255", "a file in the way",
+    "no path", "missing archive", "validation split", "another network",
     "no such network", "eps 0", "eps negative", "PGD in L1", "weights too",
 ]  # fmt: skip
 
