@@ -48,9 +48,10 @@ def test_pages_that_are_stale_are_written_anew_and_those_of_no_room_removed(tmp_
     monkeypatch.setattr(generate, "pages", lambda: NEW)
     generate.main()
     (generate.FOLDER / "balls.md").write_text("something else")
-    (generate.FOLDER / "gone.md").touch()
+    (generate.FOLDER / "gone.md").write_text(f"{generate.MARK}of a room that is gone")
+    (generate.FOLDER / "notes.md").write_text("by hand")
     generate.main()
-    assert {path.name: path.read_text() for path in generate.FOLDER.iterdir()} == NEW
+    assert {path.name: path.read_text() for path in generate.FOLDER.iterdir()} == NEW | {"notes.md": "by hand"}
 
 
 def headings(page: str) -> set[str]:

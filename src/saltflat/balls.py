@@ -438,7 +438,7 @@ def copies(tensors: Mapping[Any, Tensor]) -> dict[Any, Tensor]:
 
 
 def expanded(tensor: Tensor) -> bool:
-    """Whether several of its numbers lie in one place, so that torch writes nothing into it.
+    """Whether several numbers of a tensor (N, ...) lie in one place, so that torch writes nothing into it.
 
     >>> expanded(torch.zeros(1).expand(3)), expanded(torch.zeros(3))
     (True, False)

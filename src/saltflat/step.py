@@ -203,14 +203,14 @@ def beside(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[nn.Parame
 
 
 def cleared(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """All gradients of both, or those of what is trained, but not by this optimizer, would add up from step to step."""
+    """Sets all gradients of the model and the optimizer to None: those of what another one trains would add up."""
     optimizer.zero_grad()
     model.zero_grad()
 
 
 def fixing(parameters: Iterable[nn.Parameter], of: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """`of`, in which these are constants: a climb is in the model's weights, and leaves no gradient in others, where
-    the descent's would be added to it.
+    """`of`, in which these parameters are constants: a climb is in the model's weights, and leaves no gradient in
+    others, where the descent's would be added to it. What it gives is a scalar, or of shape (N,), as `of` does.
 
     >>> w, scale = nn.Parameter(torch.ones(())), nn.Parameter(torch.ones(()))
     >>> fixing([scale], lambda: w * scale)().backward()
