@@ -22,8 +22,8 @@ def setting(record: Path) -> str:
     return " ".join((record / "README.md").read_text().partition("<!-- generated")[0].split())
 
 
-def config_of(record: Path) -> Train:
-    config = json.loads((record / "results" / "at-seed0.json").read_text())["config"]
+def config_of(record: Path, arm: str = "at") -> Train:
+    config = json.loads((record / "results" / f"{arm}-seed0.json").read_text())["config"]
     path = None if config["data"]["name"] == "digits" else "unread"  # records leave out where files were
     return checked({**config, "data": {**config["data"], "path": path}})
 
@@ -46,6 +46,13 @@ def test_the_network_is_as_large_as_is_said(record):
     parameters = sum(weights.numel() for weights in network(config_of(record), like).parameters())
     said = re.search(r"([\d,]+) (?:parameters|weights)", setting(record))[1]
     assert float(said.replace(",", "")) == pytest.approx(parameters, rel=0.02 if said.endswith(",000") else 0)
+
+
+def test_the_second_architecture_is_as_large_as_is_said():
+    config = config_of(CIFAR10, "at-wrn")
+    like = Images(torch.zeros(1, *SHAPES[CIFAR10], dtype=torch.uint8), torch.tensor([0]), num_classes=10, name="like")
+    parameters = sum(weights.numel() for weights in network(config, like).parameters())
+    assert f"a WRN-{config.model.depth}-{config.model.widen_factor} of {parameters:,}" in setting(CIFAR10)
 
 
 def test_the_labels_of_rst_are_as_right_as_is_said():
