@@ -131,7 +131,7 @@ def test_a_network_that_hides_its_gradient_is_fooled_all_the_same():
     def rounded(x):
         return (linear(a)(x) * 1e6).round() / 1e6  # its gradient is 0 everywhere
 
-    found = find(SPSA(Linf(0.05), 20, 64), rounded, x, y)
+    found = find(SPSA(Linf(0.05, None), 20, 64), rounded, x, y)
     assert found.fooled.all()
 
 

@@ -80,8 +80,8 @@ def one_line(text: str) -> str:
 def escaped(text: str) -> str:
     """The same, with blanks as they are: what cannot be printed is written as Python writes it.
 
-    >>> escaped("a  b\x1b[31m")
-    'a  b\\x1b[31m'
+    >>> print(escaped("a  b\\x1b[31m"))
+    a  b\\x1b[31m
     """
     return "".join(sign if sign.isprintable() else sign.encode("unicode_escape").decode() for sign in text)
 

@@ -78,6 +78,7 @@ def from_run(
     found = _on(device)
     sets = build.sets(config)
     model = build.network(config, sets.train)
+    checkpoints.load_weights(file, model)
     sha256 = None
     while sha256 != (sha256 := checkpoints.digest(file)):  # a training that goes on may put another in its place
         checkpoints.load_weights(file, model)
